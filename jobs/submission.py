@@ -1,0 +1,174 @@
+"""Runs jobs on a Ray cluster through its job server, and follows them to their exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import ray.exceptions
+from ray._private.ray_constants import get_runtime_env_default_excludes
+from ray._private.runtime_env.packaging import create_package
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from pipeline import artifacts, storage
+from pipeline.errors import InputError
+
+UPLOAD_LIMIT_BYTES = 100 << 20
+"""What Ray's job server accepts as a working directory; it answers 413 to more."""
+POLL_S = 1.0
+
+
+class JobServer:
+    """A cluster's job server, and the working directory that travels with every job submitted through it."""
+
+    def __init__(self, client: JobSubmissionClient, package: Path) -> None:
+        self._client = client
+        self._package = package
+        with zipfile.ZipFile(package) as archive:
+            self._files = set(archive.namelist())
+
+    @classmethod
+    def connect(cls, address: str, working_dir: str = ".") -> JobServer:
+        """Reach the job server and pack the working directory; its size is printed before anything is sent.
+
+        The package is what `ray job submit --working-dir .` would send: all but what .gitignore and .rayignore
+        name, .git and .venv. InputError when it is over Ray's limit or nobody answers.
+        """
+        try:
+            client = JobSubmissionClient(address)
+        except ray.exceptions.AuthenticationError:
+            raise InputError(
+                f"the job server at {address} asks for a token; set RAY_AUTH_MODE=token, and the token in "
+                "RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            ) from None
+        except ConnectionError:
+            raise InputError(
+                f"no job server answers at {address}; check --address (http://host:8265)"
+            ) from None
+        handle, name = tempfile.mkstemp(prefix="working-dir-", suffix=".zip")
+        os.close(handle)
+        package = Path(name)
+        # Private, but the public interface packs and sends in one step, and the size is wanted in between.
+        create_package(
+            working_dir, package, include_gitignore=True, excludes=get_runtime_env_default_excludes()
+        )
+        num_bytes = package.stat().st_size
+        limit = f"{UPLOAD_LIMIT_BYTES / 2**20:.0f} MiB"
+        print(
+            f"working directory {os.path.abspath(working_dir)}: {num_bytes / 2**20:.1f} MiB to upload "
+            f"(Ray takes {limit})",
+            flush=True,
+        )
+        if num_bytes > UPLOAD_LIMIT_BYTES:
+            largest = _largest_entries(package)
+            package.unlink()
+            raise InputError(
+                f"the working directory is {num_bytes / 2**20:.0f} MiB, over Ray's {limit}; name in .rayignore "
+                f"what the jobs do not need; largest: {largest}"
+            )
+        return cls(client, package)
+
+    def __enter__(self) -> JobServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._package.unlink(missing_ok=True)
+
+    def run(self, name: str, argv: Sequence[str], on_line: Callable[[str], None]) -> int:
+        """Run `python -m jobs.<name> argv` on the cluster and return its exit status.
+
+        A job of the same command line that still runs there, because its submitter went away, is followed
+        instead of being started twice.
+        """
+        self._check_travels(name, argv)
+        entrypoint = shlex.join(["python", "-m", f"jobs.{name}", *argv])
+        identity = f"{name}-{artifacts.fingerprint(entrypoint)[:8]}"
+        known = {job.submission_id: job.status for job in self._client.list_jobs()}
+        attempt = 0
+        while (status := known.get(job_id := f"{identity}-{attempt}")) is not None and status.is_terminal():
+            attempt += 1
+        if status is None:
+            self._client.submit_job(
+                entrypoint=entrypoint,
+                submission_id=job_id,
+                # No env_vars, and above all no credentials: dashboards show a job's runtime environment.
+                runtime_env={"working_dir": str(self._package)},
+                metadata={"stage": name},
+            )
+            on_line(f"submitted as {job_id}")
+        else:
+            on_line(f"{job_id} is running already, started by an earlier submission; following it")
+        try:
+            return self._follow(job_id, on_line)
+        except KeyboardInterrupt:
+            print(
+                f"{job_id} goes on; the same command follows it again, `ray job stop {job_id}` ends it",
+                flush=True,
+            )
+            raise
+
+    def _follow(self, job_id: str, on_line: Callable[[str], None]) -> int:
+        """Hand over the job's log until it ends; its exit status."""
+        printed = 0
+
+        async def tail() -> None:
+            nonlocal printed
+            received, rest = 0, ""
+            # A new connection starts at the log's beginning: what was handed over before is passed by.
+            async for chunk in self._client.tail_job_logs(job_id):
+                fresh = chunk[max(0, printed - received) :]
+                received += len(chunk)
+                *lines, rest = (rest + fresh).split("\n")
+                for line in lines:
+                    on_line(line)
+                printed = max(printed, received - len(rest))
+            if rest:
+                on_line(rest)
+                printed = received
+
+        while True:
+            try:
+                asyncio.run(tail())
+            except (RuntimeError, OSError) as error:
+                print(f"the log of {job_id} broke off ({error}); reading on", flush=True)
+            info = self._client.get_job_info(job_id)
+            if info.status.is_terminal():
+                break
+            time.sleep(POLL_S)
+        on_line(
+            f"{job_id} {info.status.value}: {(info.message or '').splitlines()[0] if info.message else ''}"
+        )
+        if info.status == JobStatus.SUCCEEDED:
+            return 0
+        return info.driver_exit_code or 1
+
+    def _check_travels(self, name: str, argv: Sequence[str]) -> None:
+        """InputError for a configuration file that is not in the package."""
+        if "--config" not in argv:
+            return
+        config = argv[list(argv).index("--config") + 1]
+        if storage.is_local(config) and config not in self._files:
+            raise InputError(
+                f"{name}.config: {config} does not travel with a job; name a URL, or a path relative to the "
+                "working directory and below it that neither .gitignore nor .rayignore covers"
+            )
+
+
+def _largest_entries(package: Path) -> str:
+    """The three largest things at the top of a package, with their sizes."""
+    sizes: dict[str, int] = {}
+    with zipfile.ZipFile(package) as archive:
+        for entry in archive.infolist():
+            top = entry.filename.split("/", 1)[0]
+            sizes[top] = sizes.get(top, 0) + entry.file_size
+    largest = sorted(sizes, key=lambda top: -sizes[top])[:3]
+    return ", ".join(f"{top} ({sizes[top] / 2**20:.1f} MiB)" for top in largest)

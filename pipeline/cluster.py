@@ -1,0 +1,280 @@
+"""The only door to Ray: a group of training workers, and a pool of actors for independent items.
+
+With `num_workers: 0` both run in this process and Ray is not imported. Exactly-once comes from what the
+items commit, not from Ray: an item may run twice.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    from pipeline.worker import Worker
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MAX_ATTEMPTS = 3
+ITEMS_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where the work runs, and how many processes share it."""
+
+    num_workers: int = 1
+    """Worker processes; 0 runs in this process, without Ray."""
+    use_gpu: bool | None = None
+    """One GPU per worker; null takes GPUs where the cluster has them now."""
+    cpus_per_worker: int | None = None
+    """CPU cores each worker reserves; null divides this machine's cores, or takes 1 on a running cluster."""
+    address: str | None = None
+    """A running Ray cluster, such as auto; null uses RAY_ADDRESS (set inside a submitted job) or starts one."""
+    max_failures: int = 3
+    """How often a training group is restarted from its last checkpoint after a worker died."""
+    collective_timeout_s: float = 600.0
+    """How long ranks wait for each other before the group is given up."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise InputError(f"cluster.num_workers is {self.num_workers}; give 0 (in process) or more")
+
+
+class WorkerFailedError(Exception):
+    """A worker died or raised; the message names it and carries its traceback."""
+
+
+# ------------------------------------------------------------------------------------------------ items
+
+
+def map_items(
+    items: Iterable[Item], make_runner: Callable[[], Callable[[Item], Result]], cluster: ClusterConfig
+) -> Iterator[Result]:
+    """Results of `runner(item)` as they complete, in any order.
+
+    Each actor builds one runner (a loaded model, say) and has two items in flight, in two threads, so that
+    one item's reading and writing overlaps the other's forward pass: runners are called concurrently. An
+    item whose actor died runs again, alone on its actor; after three attempts it is named and given up.
+    Errors raised by a runner end the pass. Memory here does not grow with the number of items.
+    """
+    if cluster.num_workers == 0:
+        yield from _map_in_process(items, make_runner())
+    else:
+        yield from _map_on_actors(items, make_runner, cluster)
+
+
+def _map_in_process(items: Iterable[Item], runner: Callable[[Item], Result]) -> Iterator[Result]:
+    with ThreadPoolExecutor(ITEMS_IN_FLIGHT, thread_name_prefix="items") as pool:
+        running: set[Future[Result]] = set()
+        try:
+            for item in items:
+                running.add(pool.submit(runner, item))
+                if len(running) >= ITEMS_IN_FLIGHT:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            for future in running:
+                yield future.result()
+        finally:
+            for future in running:
+                future.cancel()
+
+
+class _ItemActor:
+    """What runs inside an actor: one runner for its whole life."""
+
+    def __init__(self, make_runner: Callable[[], Callable[[Any], Any]], num_threads: int) -> None:
+        _set_num_threads(num_threads)
+        self._runner = make_runner()
+
+    def run(self, item: Any) -> Any:
+        return self._runner(item)
+
+
+@dataclass
+class _Slot:
+    """An actor and the items it holds; `alone` while it runs an item that may have killed an actor."""
+
+    actor: Any
+    items: dict[Any, Any] = field(default_factory=dict)
+    alone: bool = False
+
+
+def _map_on_actors(
+    items: Iterable[Item], make_runner: Callable[[], Callable[[Item], Result]], cluster: ClusterConfig
+) -> Iterator[Result]:
+    ray = _connect(cluster)
+    use_gpu, cpus = _resources(cluster)
+    actor_class = ray.remote(_ItemActor).options(
+        num_cpus=cpus, num_gpus=1 if use_gpu else 0, max_restarts=-1, max_concurrency=ITEMS_IN_FLIGHT
+    )
+    slots = [_Slot(actor_class.remote(make_runner, cpus)) for _ in range(cluster.num_workers)]
+    waiting, suspects = iter(items), deque[tuple[Item, int]]()
+    attempts: dict[Any, int] = {}
+    exhausted = False
+    try:
+        while True:
+            for slot in slots:
+                while len(slot.items) < ITEMS_IN_FLIGHT and not slot.alone:
+                    if suspects:
+                        if slot.items:
+                            break
+                        item, tried = suspects.popleft()
+                        slot.alone = True
+                    else:
+                        try:
+                            item, tried = next(waiting), 0
+                        except StopIteration:
+                            exhausted = True
+                            break
+                    reference = slot.actor.run.remote(item)
+                    slot.items[reference] = item
+                    attempts[reference] = tried + 1
+            if exhausted and not suspects and not any(slot.items for slot in slots):
+                return
+            references = [reference for slot in slots for reference in slot.items]
+            done, _ = ray.wait(references, num_returns=1)
+            for reference in done:
+                slot = next(slot for slot in slots if reference in slot.items)
+                item, tried = slot.items.pop(reference), attempts.pop(reference)
+                slot.alone = False
+                try:
+                    result = ray.get(reference)
+                except ray.exceptions.RayActorError as error:
+                    if tried >= MAX_ATTEMPTS:
+                        raise WorkerFailedError(
+                            f"item {item} ended its worker {tried} times, last by: {error}; "
+                            "look at it with --cluster.num_workers 0"
+                        ) from None
+                    print(f"warning: a worker died while it held item {item}; it runs again elsewhere", flush=True)
+                    suspects.append((item, tried))
+                    continue
+                except ray.exceptions.RayTaskError as error:
+                    raise _cause(error) from error
+                yield result
+    finally:
+        for slot in slots:
+            ray.kill(slot.actor)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def run_training(train: Callable[[Any, Worker], None], config: Any, cluster: ClusterConfig) -> None:
+    """Run `train(config, worker)` on every worker of a group; returns when all have.
+
+    The group restarts from the loop's own last checkpoint when a worker dies, `max_failures` times.
+    """
+    if cluster.num_workers == 0:
+        from pipeline.worker import local_worker
+
+        train(config, local_worker())
+        return
+    ray = _connect(cluster)
+    import ray.train
+    import ray.train.torch
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+
+    use_gpu, cpus = _resources(cluster)
+    resources = {"CPU": float(cpus), **({"GPU": 1.0} if use_gpu else {})}
+    trainer = ray.train.torch.TorchTrainer(
+        _train_on_worker,
+        train_loop_config={"train": train, "config": config, "num_threads": cpus},
+        scaling_config=ScalingConfig(
+            num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+        ),
+        torch_config=ray.train.torch.TorchConfig(timeout_s=int(cluster.collective_timeout_s)),
+        run_config=RunConfig(
+            # A fresh name: under a known one Ray Train would resume its own record of another run.
+            name=f"run-{uuid.uuid4().hex[:12]}",
+            storage_path=os.path.join(tempfile.gettempdir(), "ray-train"),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        failures = getattr(error, "worker_failures", None)
+        if not failures:
+            raise
+        rank, failure = sorted(failures.items())[0]
+        cause = _cause(failure)
+        if isinstance(cause, InputError):
+            raise cause from None
+        raise WorkerFailedError(f"training worker {rank} failed: {cause!r}") from error
+
+
+def _train_on_worker(settings: dict[str, Any]) -> None:
+    import ray.train
+    import ray.train.torch
+
+    from pipeline.worker import Worker
+
+    _set_num_threads(settings["num_threads"])
+    context = ray.train.get_context()
+    worker = Worker(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+        report=lambda metrics: ray.train.report(dict(metrics)),
+    )
+    settings["train"](settings["config"], worker)
+
+
+# ------------------------------------------------------------------------------------------------ inside
+
+
+def _connect(cluster: ClusterConfig) -> Any:
+    """The ray module, connected: to the given cluster, to the one this job runs in, or to a new one."""
+    # Ray Train patches print so that lines show twice otherwise; both are read when Ray starts its workers.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    try:
+        import ray
+    except ImportError:
+        raise InputError("ray is not installed; install it, or run in process with --cluster.num_workers 0") from None
+    if ray.is_initialized():
+        return ray
+    if cluster.address is not None or "RAY_ADDRESS" in os.environ:
+        # No runtime_env here: inside a job it would have to be merged with the job's own.
+        ray.init(address=cluster.address, log_to_driver=True)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, cluster.num_workers * (cluster.cpus_per_worker or 1)),
+            include_dashboard=True,
+            object_store_memory=512 << 20,
+            log_to_driver=True,
+        )
+    return ray
+
+
+def _resources(cluster: ClusterConfig) -> tuple[bool, int]:
+    """Whether workers take a GPU each, and how many CPU cores each takes."""
+    import ray
+
+    available = ray.cluster_resources()
+    use_gpu = cluster.use_gpu if cluster.use_gpu is not None else available.get("GPU", 0) >= 1
+    cpus = cluster.cpus_per_worker
+    if cpus is None:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        cpus = max(1, int(available.get("CPU", 1)) // cluster.num_workers) if len(nodes) == 1 else 1
+    return use_gpu, cpus
+
+
+def _set_num_threads(num_threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(num_threads)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The exception a worker raised, out of Ray's wrapping."""
+    return getattr(error, "cause", None) or error.__cause__ or error

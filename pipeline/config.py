@@ -1,0 +1,80 @@
+"""From the command line to one frozen dataclass, and from an outcome to an exit status.
+
+Every job is `run_job(main, Config)`: YAML through `--config` (a path or a URL), `--section.key value` on top
+of it, `--print_config`, and `--help` made from the docstrings of the fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import faulthandler
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jsonargparse
+
+from pipeline.errors import InputError
+
+ConfigT = TypeVar("ConfigT")
+
+
+def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
+    """The configuration named by `argv`; InputError, in one line, for an unknown key or a wrong value."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"python -m {_module_name()}",
+        description=(config_class.__doc__ or "").strip(),
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file or URL with any of the keys below")
+    parser.add_class_arguments(config_class, as_group=False)
+    try:
+        parsed = parser.instantiate_classes(parser.parse_args(argv))
+    except jsonargparse.ArgumentError as error:
+        raise InputError(f"{_one_line(error)}; `--help` lists every key") from None
+    values = {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    return config_class(**values)
+
+
+def run_job(main: Callable[[ConfigT], object], config_class: type[ConfigT]) -> None:
+    """Run a job from the command line: exit 0, 2 for bad input (one clear line), 1 for anything else.
+
+    `ray job submit` itself returns 1 for both; the status stands in the job's message.
+    """
+    faulthandler.enable()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    try:
+        main(parse(config_class))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as JSON-able values: tuples become lists."""
+    return {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
+
+
+def identity(config: Any, places: Sequence[str]) -> dict[str, Any]:
+    """What decides a run's result: its settings without `places`, the fields that only say where and how."""
+    return {key: value for key, value in to_dict(config).items() if key not in places}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def _module_name() -> str:
+    main_module = sys.modules["__main__"]
+    spec = getattr(main_module, "__spec__", None)
+    return spec.name if spec is not None else os.path.basename(sys.argv[0])
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,343 @@
+"""Masked image modelling (§2.3, Eq. 3-4, Table 9): predict the codes of masked patches.
+
+Codes come with the crops from token shards, or are made on the way from image shards and a tokenizer. Read
+`_train` from top to bottom: it is the whole loop.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline import storage
+from pipeline.artifacts import claim, read_header
+from pipeline.checkpoints import CheckpointStore, TrainState
+from pipeline.cluster import ClusterConfig, run_training
+from pipeline.config import identity
+from pipeline.errors import InputError
+from pipeline.metrics import MetricsLog, Progress
+from pipeline.optim import (
+    OptimConfig,
+    Precision,
+    autocast,
+    build_optimizer,
+    cosine_schedule,
+    grad_scaler,
+    resolve_precision,
+    set_lr,
+)
+from pipeline.step import require_finite, synchronized, to_device
+from pipeline.worker import Worker
+from pretrain.backbone import ARTIFACT, BackboneSize, read_backbone_header, save_backbone
+from pretrain.masking import MaskConfig, block_masks
+from pretrain.mim import MIM, MIMConfig, masked_patches, mim_figures, mim_header, mim_loss
+from shards.decode import DecodeConfig
+from shards.manifest import Dataset, open_dataset
+from shards.reader import SampleBatch, ShardReader
+from shards.views import ViewPolicy
+from tokenizer.artifact import VisualTokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Pretrain a ViT by masked image modelling. Defaults are the paper's base model, 1600 epochs (Table 9).
+
+    Give `shards` (precomputed codes), or `images` and `tokenizer` (codes made online). Image size, patch size,
+    grid and codebook come from there and cannot disagree. A killed run started again with the same settings
+    goes on from its last checkpoint; a finished one is left alone.
+    """
+
+    output: str
+    """Where the backbone goes: a folder or any fsspec URL."""
+    shards: str | None = None
+    """Token shards, the output of precompute_shards."""
+    images: str | None = None
+    """Online mode: image shards, the output of prepare_images."""
+    tokenizer: str | None = None
+    """Online mode: the tokenizer artifact."""
+    views: ViewPolicy = ViewPolicy(views_per_image=0)
+    """Online mode: crops; views_per_image 0 draws a new one of every image in every epoch."""
+    decode: DecodeConfig = DecodeConfig()
+    """Online mode: how source images become pixels."""
+    backbone: BackboneSize = BackboneSize(drop_path=0.1)
+    """The model that is pretrained."""
+    mim: MIMConfig = MIMConfig()
+    """The heads that pretrain it."""
+    mask: MaskConfig = MaskConfig()
+    """Which patches are masked."""
+    optim: OptimConfig = OptimConfig()
+    """AdamW and its schedule."""
+    epochs: int = 1600
+    """Passes over the samples; each pass sees one view of every image."""
+    batch_size: int = 2048
+    """Images per optimizer step, over all workers."""
+    micro_batch_size: int | None = None
+    """Images per forward pass and worker; null takes a worker's whole share at once."""
+    precision: Precision = "auto"
+    """Compute type: auto is bf16 or fp16 on CUDA, fp32 on CPU."""
+    seed: int = 0
+    """Decides initial weights, order, views and masks."""
+    decode_threads: int = 2
+    """Threads per worker that decode."""
+    checkpoint_every_s: float = 600.0
+    """Seconds between checkpoints; one is also written at the end of each epoch."""
+    log_every_steps: int = 10
+    """Steps between records in metrics.jsonl."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Workers that share each batch."""
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.batch_size, self.log_every_steps) < 1:
+            raise InputError("epochs, batch_size and log_every_steps must be at least 1")
+        online = self.images is not None or self.tokenizer is not None
+        if (self.shards is None) != online or (online and None in (self.images, self.tokenizer)):
+            raise InputError("give either --shards (precomputed codes), or --images and --tokenizer (online)")
+
+
+PLACES = (
+    "shards",
+    "images",
+    "tokenizer",
+    "output",
+    "cluster",
+    "micro_batch_size",
+    "decode_threads",
+    "checkpoint_every_s",
+    "log_every_steps",
+)
+"""Settings that do not decide the result."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the device."""
+
+    pixels: Tensor
+    """uint8 [B, 3, S, S]."""
+    codes: Tensor
+    """[B, N] integers below the codebook's size."""
+    mask: Tensor
+    """[B, N] bool, True = masked."""
+    masked: Tensor
+    """[M] int64, flat indices of the masked patches."""
+
+
+def pretrain_mim(config: PretrainConfig) -> None:
+    """Pretrain, or finish pretraining, the backbone at `config.output`."""
+    output = storage.absolute(config.output)
+    source = open_source(config)
+    # Built here once already: what does not fit is refused before anything is written.
+    _model(config, source)
+    _reader(config, source, Worker()).close()
+    claim(output, {"job": "pretrain_mim", "config": identity(config, PLACES), "inputs": source.inputs})
+    if read_header(output, ARTIFACT) is not None:
+        print(f"{output} is finished already, with the same settings and inputs: nothing to do", flush=True)
+        return
+    run_training(_train, config, config.cluster)
+    header = read_backbone_header(output)
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in header["run"]["metrics"].items())
+    print(f"backbone {header['fingerprint'][:12]} at {output}: {figures}", flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where samples and codes come from, precomputed or online, and whose codes they are."""
+
+    dataset: Dataset
+    tokenizer: dict[str, Any]
+    """The tokenizer's description: fingerprint, codebook_size, image_size, patch_size, grid, …"""
+    online: VisualTokenizer | None
+    inputs: dict[str, str]
+    """Fingerprints."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Codes per column and row."""
+        rows, columns = self.tokenizer["grid"]
+        return rows, columns
+
+
+def open_source(config: PretrainConfig, device: torch.device | str = "cpu") -> Source:
+    """Token shards, or image shards with a tokenizer on `device`."""
+    if config.shards is not None:
+        dataset = open_dataset(config.shards, "tokens")
+        tokenizer = dataset.manifest.tokenizer
+        assert tokenizer is not None
+        inputs = {"shards": dataset.fingerprint, "tokenizer": tokenizer["fingerprint"]}
+        return Source(dataset=dataset, tokenizer=tokenizer, online=None, inputs=inputs)
+    assert config.images is not None and config.tokenizer is not None
+    dataset = open_dataset(config.images, "images")
+    online = VisualTokenizer.load(config.tokenizer, device=device, precision=config.precision)
+    if config.views.image_size != online.spec["image_size"]:
+        raise InputError(
+            f"views.image_size is {config.views.image_size}, but the tokenizer at {config.tokenizer} reads images of "
+            f"{online.spec['image_size']}; set --views.image_size {online.spec['image_size']}"
+        )
+    inputs = {"images": dataset.fingerprint, "tokenizer": online.fingerprint}
+    return Source(dataset=dataset, tokenizer=online.spec, online=online, inputs=inputs)
+
+
+def _train(config: PretrainConfig, worker: Worker) -> None:
+    """One worker's part of the pretraining."""
+    output = storage.absolute(config.output)
+    device = worker.device
+
+    # Data: a rank's slices of the global batches.
+    source = open_source(config, device)
+    reader = _reader(config, source, worker)
+    steps_per_epoch = reader.steps_per_epoch
+
+    # Model and optimizer. Every rank draws the same weights.
+    torch.manual_seed(config.seed)
+    dtype = resolve_precision(config.precision, device)
+    model = _model(config, source).to(device)
+    optimizer = build_optimizer(model, config.optim, config.batch_size)
+    scaler = grad_scaler(device, dtype)
+    lr = cosine_schedule(
+        peak_lr=config.optim.effective_lr(config.batch_size),
+        min_lr=config.optim.min_lr,
+        warmup_steps=round(config.optim.warmup_epochs * steps_per_epoch),
+        total_steps=config.epochs * steps_per_epoch,
+    )
+    num_masked = config.mask.resolve(source.grid).num_masked
+
+    # Resume.
+    checkpoints = CheckpointStore(output)
+    state, metrics = TrainState(), dict[str, float]()
+    if (found := checkpoints.latest()) is not None:
+        state, tensors = found
+        model.load_state_dict(tensors["model"])
+        optimizer.load_state_dict(tensors["optimizer"])
+        scaler.load_state_dict(tensors["scaler"])
+        metrics = tensors["metrics"]
+    replica: nn.Module = model
+    if worker.world_size > 1:
+        replica = DistributedDataParallel(model, broadcast_buffers=False)
+
+    log = MetricsLog(output, resume_step=state.step) if worker.is_main else None
+    total = config.epochs * steps_per_epoch * config.batch_size
+    done = state.epoch * steps_per_epoch * config.batch_size + state.position
+    progress = Progress("pretrain", total, "images", done=done) if worker.is_main else None
+    if worker.is_main:
+        print(
+            f"{reader.num_samples:,} samples, {config.epochs} epochs of {steps_per_epoch} steps of {config.batch_size}, "
+            f"{num_masked} of {math.prod(source.grid)} patches masked, {'online' if source.online else 'precomputed'} "
+            f"codes, lr {config.optim.effective_lr(config.batch_size):.2e}, {worker.world_size} workers, {device}, {dtype}",
+            flush=True,
+        )
+
+    def checkpoint(epoch: int, position: int) -> None:
+        tensors = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "metrics": metrics,
+        }
+        checkpoints.save(TrainState(epoch=epoch, position=position, step=step), tensors)
+
+    step, saved = state.step, time.monotonic()
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    model.train()
+    for epoch in range(state.epoch, config.epochs):
+        for samples in reader.batches(epoch, state.position if epoch == state.epoch else 0):
+            set_lr(optimizer, lr(step))
+            # Stochastic depth is a function of the position too, so a resumed run drops the same branches.
+            torch.manual_seed(hash((config.seed, epoch, samples.position, worker.rank)))
+            share = samples.pixels.shape[0]
+            micro = config.micro_batch_size or share
+            for first in range(0, share, micro):
+                batch = _batch(config, source, samples, slice(first, first + micro), epoch, device)
+                with synchronized(replica, first + micro >= share), autocast(device, dtype):
+                    out = replica(model.normalize(batch.pixels), batch.mask, batch.masked)
+                    loss = mim_loss(out, batch.codes)
+                    objective = loss.objective(samples.global_size * num_masked, worker.world_size)
+                    scaler.scale(objective).backward()
+                sums += loss.sums()
+            scaler.unscale_(optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad_norm or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+
+            if step % config.log_every_steps == 0 or step == config.epochs * steps_per_epoch:
+                figures = mim_figures(worker.sum(sums), aggregated=model.cls_pt_layers is not None)
+                sums = torch.zeros_like(sums)
+                metrics = {name: value for name, value in asdict(figures).items() if value is not None}
+                require_finite(metrics, step, samples.keys)
+                if log is not None:
+                    log.log(step, **metrics, lr=lr(step - 1), grad_norm=float(grad_norm))
+            if progress is not None:
+                progress.update(samples.global_size, epoch=epoch + 1, **metrics)
+            if worker.is_main and time.monotonic() - saved > config.checkpoint_every_s:
+                checkpoint(epoch, samples.next_position)
+                saved = time.monotonic()
+        if worker.is_main:
+            checkpoint(epoch + 1, 0)
+            saved = time.monotonic()
+        worker.report(metrics)
+
+    reader.close()
+    if worker.is_main:
+        assert log is not None and progress is not None
+        save_backbone(
+            output,
+            model,
+            mim=mim_header(model),
+            tokenizer=source.tokenizer,
+            inputs=source.inputs,
+            run={"metrics": metrics, "steps": step, "seconds": progress.elapsed_s, "config": identity(config, PLACES)},
+        )
+        progress.close(**metrics)
+        log.close()
+        checkpoints.clear()
+    worker.barrier()
+
+
+def _batch(
+    config: PretrainConfig, source: Source, samples: SampleBatch, rows: slice, epoch: int, device: torch.device
+) -> Batch:
+    """Rows of what the reader gave, with their masks, on the device; codes made here in online mode."""
+    mask = torch.from_numpy(
+        block_masks(samples.positions[rows], source.grid, config.mask, seed=config.seed, epoch=epoch)
+    )
+    pixels = to_device(samples.pixels[rows], device)
+    if source.online is not None:
+        codes = source.online.encode(pixels)
+    else:
+        assert samples.codes is not None
+        codes = torch.from_numpy(samples.codes[rows].astype("int64")).to(device, non_blocking=True)
+    return Batch(
+        pixels=pixels,
+        codes=codes,
+        mask=mask.to(device, non_blocking=True),
+        masked=masked_patches(mask).to(device, non_blocking=True),
+    )
+
+
+def _model(config: PretrainConfig, source: Source) -> MIM:
+    size = config.backbone.resolve(
+        image_size=source.tokenizer["image_size"], patch_size=source.tokenizer["patch_size"]
+    )
+    return MIM(size, config.mim, source.tokenizer["codebook_size"])
+
+
+def _reader(config: PretrainConfig, source: Source, worker: Worker) -> ShardReader:
+    return ShardReader(
+        source.dataset,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=worker.rank,
+        world_size=worker.world_size,
+        views=config.views if source.online is not None else None,
+        decode=config.decode,
+        # Online crops pass through JPEG as stored ones do: both modes see the same pixels, bit for bit.
+        stored_pixels=True,
+        num_threads=config.decode_threads,
+    )

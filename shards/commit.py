@@ -1,0 +1,593 @@
+"""The write pass of a dataset: plan, work items, receipts, manifest.
+
+Objects are published under names that hold their hash; a shard exists when its receipt does, a dataset when
+its manifest does. Plan, receipts and manifest are created only if absent, so a kill between any two steps, a
+rerun, or a second driver started by mistake leaves the same bytes.
+
+    plan = start(root, Plan(...))
+    for item in pending(root, plan):          # on any number of machines
+        commit(root, plan, item, build_shard(...))
+    finish(root, plan, decode)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.artifacts import canonical_json, differences, fingerprint, sha256_hex
+from pipeline.errors import InputError
+from shards.build import MAX_SHARD_SAMPLES, BuiltShard
+from shards.index import FORMAT_VERSION
+from shards.manifest import (
+    MANIFEST,
+    Decode,
+    Kind,
+    Manifest,
+    ProbeEntry,
+    ShardInfo,
+    TableName,
+    TableWriter,
+    check_foreign_tar,
+    probe_shard,
+    read_manifest,
+    shard_name,
+)
+from shards.samples import MAX_SAMPLE_ID, MAX_VIEWS
+
+PLAN = "plan.json"
+PROBES = 16
+CHECK_THREADS = 16
+"""So many receipts and sizes are asked for at once: at 30 ms a request, 10,000 shards take a minute."""
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+class CommitError(Exception):
+    """The pass cannot go on: shards are missing, or what was committed does not add up."""
+
+
+# ------------------------------------------------------------------------------------------------ plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One unit of work: the samples of one view with ids in [first_id, end_id), `samples` of them."""
+
+    view: int
+    number: int
+    first_id: int
+    end_id: int
+    samples: int
+
+    @property
+    def name(self) -> str:
+        return shard_name(self.view, self.number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that decides the bytes of a dataset, frozen before its first shard.
+
+    Range i holds the ids [first_ids[i], first_ids[i + 1]); the same ranges hold for every view. `samples`
+    says how many samples must come out of each range, written or rejected; None means every id. (Token
+    datasets plan with `Dataset.id_ranges` of their images, whose ids have gaps where images were rejected.)
+    `inputs` are fingerprints by name, `recipe` whatever else decides the bytes; both are compared on a rerun
+    and copied into the manifest, as is `header`: class_names, tokenizer, and anything else worth saying.
+    """
+
+    kind: Kind
+    inputs: dict[str, str]
+    recipe: dict[str, Any]
+    first_ids: tuple[int, ...]
+    views: int
+    header: dict[str, Any]
+    samples: tuple[int, ...] | None = None
+    first_view: int = 0
+
+    def __post_init__(self) -> None:
+        ids = np.array(self.first_ids, np.int64)
+        sizes = np.diff(ids)
+        counts = sizes if self.samples is None else np.array(self.samples, np.int64)
+        if len(sizes) < 1 or sizes.min() < 1 or ids[0] < 0 or ids[-1] > MAX_SAMPLE_ID:
+            raise ValueError("first_ids must be at least two ascending ids, the last one the end")
+        if counts.shape != sizes.shape or counts.min() < 0 or (counts > sizes).any():
+            raise ValueError("samples must give, for each range, a number that its ids can hold")
+        if counts.max() > MAX_SHARD_SAMPLES:
+            raise ValueError(f"a range of {counts.max()} samples; a shard holds at most {MAX_SHARD_SAMPLES}")
+        if self.views < 1 or self.first_view < 0 or self.first_view + self.views > MAX_VIEWS:
+            raise ValueError(f"views must be within 0 to {MAX_VIEWS - 1}, and at least one")
+        tokenizer = self.header.get("tokenizer") or {}
+        if self.kind == "tokens" and not {"fingerprint", "grid", "codebook_size"} <= set(tokenizer):
+            raise ValueError(
+                "the header of a token plan needs tokenizer.fingerprint, .grid and .codebook_size"
+            )
+
+    @property
+    def num_ranges(self) -> int:
+        return len(self.first_ids) - 1
+
+    @property
+    def num_items(self) -> int:
+        return self.num_ranges * self.views
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.to_json())
+
+    @property
+    def plan8(self) -> str:
+        return self.fingerprint[:8]
+
+    def to_json(self) -> dict[str, Any]:
+        """Ranges are stored as runs of equal sizes: uniform ones take no room, however many they are."""
+        sizes = np.diff(np.array(self.first_ids, np.int64)).tolist()
+        return {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "inputs": self.inputs,
+            "recipe": self.recipe,
+            "header": self.header,
+            "first_view": self.first_view,
+            "views": self.views,
+            "first_id": self.first_ids[0],
+            "range_ids": _runs(sizes),
+            "range_samples": None if self.samples is None else _runs(self.samples),
+        }
+
+    def to_bytes(self) -> bytes:
+        return canonical_json(self.to_json()) + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Plan:
+        value = json.loads(data)
+        if value["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"plan of format version {value['format_version']}; this program writes {FORMAT_VERSION}"
+            )
+        sizes = _unrolled(value["range_ids"])
+        samples = value["range_samples"]
+        return cls(
+            kind=value["kind"],
+            inputs=value["inputs"],
+            recipe=value["recipe"],
+            header=value["header"],
+            first_view=value["first_view"],
+            views=value["views"],
+            first_ids=tuple(itertools.accumulate(sizes, initial=value["first_id"])),
+            samples=None if samples is None else tuple(_unrolled(samples)),
+        )
+
+
+def _runs(values: Iterable[int]) -> list[list[int]]:
+    """`[[value, repeats], …]`."""
+    return [[value, sum(1 for _ in group)] for value, group in itertools.groupby(values)]
+
+
+def _unrolled(runs: Iterable[Sequence[int]]) -> Iterator[int]:
+    return itertools.chain.from_iterable(itertools.repeat(value, repeats) for value, repeats in runs)
+
+
+def items(plan: Plan) -> Iterator[Item]:
+    """Every work item, view by view and in order of ids, made one at a time."""
+    for view in range(plan.first_view, plan.first_view + plan.views):
+        for number in range(plan.num_ranges):
+            yield _item(plan, view, number)
+
+
+def _item(plan: Plan, view: int, number: int) -> Item:
+    first_id, end_id = plan.first_ids[number : number + 2]
+    samples = end_id - first_id if plan.samples is None else plan.samples[number]
+    return Item(view=view, number=number, first_id=first_id, end_id=end_id, samples=samples)
+
+
+def start(root: str, plan: Plan, *, beside: Sequence[str] = ()) -> Plan:
+    """Take `root` for this plan, or go on with the same plan that is there already.
+
+    Raises InputError where another plan is there, naming what differs, and where `root` holds other things
+    than those named in `beside` (file names relative to the root), which a caller may put there before.
+    Warns where the store cannot refuse an overwrite: then nothing protects against a second driver.
+    """
+    url = storage.join(root, PLAN)
+    text = plan.to_bytes()
+    held = _read_or_none(url)
+    if held is None:
+        stranger = _first_stranger(root, beside)
+        # another driver may have started between the two looks
+        held = _read_or_none(url)
+        if held is None and stranger is not None:
+            raise InputError(
+                f"{root} already holds something else ({stranger}); choose another output or empty it"
+            )
+    if held is None:
+        if storage.create(url, text):
+            if storage.create(url, text):
+                warnings.warn(
+                    f"the store of {root} cannot refuse an overwrite: see to it that only one driver writes there",
+                    stacklevel=2,
+                )
+            return plan
+        held = storage.read(url)
+    return _same_plan(root, held, plan)
+
+
+def _first_stranger(root: str, beside: Sequence[str]) -> str | None:
+    expected = {storage.join(storage.absolute(root), name) for name in beside}
+    files = (found.url for found in storage.list_files(storage.absolute(root)))
+    return next((url for url in files if url not in expected), None)
+
+
+def _same_plan(root: str, held: bytes, plan: Plan) -> Plan:
+    try:
+        there = json.loads(held)
+        there_plan = Plan.from_bytes(held)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{storage.join(root, PLAN)} is not a plan of this format ({error}); choose another output"
+        ) from None
+    asked = json.loads(plan.to_bytes())
+    ranges = ("first_id", "range_ids", "range_samples")
+    differing = differences(_without(there, ranges), _without(asked, ranges))
+    if any(there[key] != asked[key] for key in ranges):
+        differing.append(f"id ranges: there {_ranges_in_words(there_plan)}, asked {_ranges_in_words(plan)}")
+    if differing:
+        shown = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
+        raise InputError(
+            f"{root} was begun with another plan, which differs in {shown}; choose another output, or "
+            "repeat the inputs and settings it was begun with"
+        )
+    return there_plan
+
+
+def _without(value: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: entry for key, entry in value.items() if key not in keys}
+
+
+def _ranges_in_words(plan: Plan) -> str:
+    total = plan.first_ids[-1] - plan.first_ids[0] if plan.samples is None else sum(plan.samples)
+    largest = int(np.diff(np.array(plan.first_ids, np.int64)).max())
+    first_id, end_id = plan.first_ids[0], plan.first_ids[-1]
+    return f"{total} samples in {plan.num_ranges} ranges of at most {largest} ids, {first_id} to {end_id}"
+
+
+# ------------------------------------------------------------------------------------------------ receipts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Receipt:
+    """The commit point of one item: its objects by place, size and hash, and its rejects by reason."""
+
+    plan: str
+    shard: ShardInfo
+    rejected: dict[str, int]
+
+    @property
+    def samples(self) -> int:
+        return self.shard.samples
+
+    def to_bytes(self) -> bytes:
+        return canonical_json({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}) + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Receipt:
+        value = json.loads(data)
+        return cls(plan=value["plan"], shard=ShardInfo(**value["shard"]), rejected=value["rejected"])
+
+
+def receipt_url(root: str, plan: Plan, item: Item) -> str:
+    return storage.join(root, "receipts", plan.plan8, f"{item.name}.json")
+
+
+def receipt(root: str, plan: Plan, item: Item) -> Receipt | None:
+    """The receipt of an item whose work is done: it exists, and so do its objects with their sizes."""
+    held = _read_receipt(root, plan, item)
+    return held if held is not None and _missing_object(root, held) is None else None
+
+
+def pending(root: str, plan: Plan) -> Iterator[Item]:
+    """The items without a good receipt, in order; many are asked for at once, few are held."""
+    for item, held in _in_order(lambda item: (item, receipt(root, plan, item)), items(plan)):
+        if held is None:
+            yield item
+
+
+def commit(root: str, plan: Plan, item: Item, built: BuiltShard) -> Receipt:
+    """Publish what was built for an item, then its receipt; returns the receipt that stands.
+
+    Where another attempt was first and its objects are there, that one's receipt stands and nothing of it is
+    touched; what this attempt put is left for gc.
+    """
+    mine = describe(plan, item, built)
+    put_tar(root, mine, built)
+    put_index(root, mine, built)
+    put_rejects(root, mine, built)
+    return create_receipt(root, plan, item, mine)
+
+
+def describe(plan: Plan, item: Item, built: BuiltShard) -> Receipt:
+    """The receipt that would stand for these objects. Raises CommitError where they are not this item's."""
+    _check_belongs(plan, item, built)
+    if built.foreign is not None:
+        tar, tar_bytes, tar_sha256, tar_version = (
+            built.foreign.url,
+            built.foreign.bytes,
+            None,
+            built.foreign.version,
+        )
+    else:
+        assert built.tar is not None
+        tar_bytes, tar_sha256, tar_version = len(built.tar), sha256_hex(built.tar), None
+        tar = f"shards/{item.name}-{tar_sha256[:8]}.tar"
+    index_sha256 = sha256_hex(built.index)
+    rejects_sha256 = None if built.rejects is None else sha256_hex(built.rejects)
+    return Receipt(
+        plan=plan.fingerprint,
+        rejected=built.rejected,
+        shard=ShardInfo(
+            view=item.view,
+            number=item.number,
+            first_id=item.first_id,
+            end_id=item.end_id,
+            samples=built.samples,
+            rejected=sum(built.rejected.values()),
+            tar=tar,
+            tar_bytes=tar_bytes,
+            tar_sha256=tar_sha256,
+            tar_version=tar_version,
+            index=f"index/{item.name}-{index_sha256[:8]}.parquet",
+            index_bytes=len(built.index),
+            index_sha256=index_sha256,
+            rejects=None if rejects_sha256 is None else f"rejects/{item.name}-{rejects_sha256[:8]}.parquet",
+            rejects_bytes=None if built.rejects is None else len(built.rejects),
+            rejects_sha256=rejects_sha256,
+        ),
+    )
+
+
+def put_tar(root: str, mine: Receipt, built: BuiltShard) -> None:
+    """Publish the tar; one that was indexed in place stays where it is."""
+    if built.tar is not None:
+        storage.put(storage.join(root, mine.shard.tar), built.tar)
+
+
+def put_index(root: str, mine: Receipt, built: BuiltShard) -> None:
+    """Publish the index."""
+    storage.put(storage.join(root, mine.shard.index), built.index)
+
+
+def put_rejects(root: str, mine: Receipt, built: BuiltShard) -> None:
+    """Publish the rejects, where there are any."""
+    if mine.shard.rejects is not None and built.rejects is not None:
+        storage.put(storage.join(root, mine.shard.rejects), built.rejects)
+
+
+def create_receipt(root: str, plan: Plan, item: Item, mine: Receipt) -> Receipt:
+    """Create the receipt, unless one stands already; returns the one that stands.
+
+    A receipt whose objects are gone cannot stand: the rerun's, whose objects are there, replaces it.
+    """
+    url = receipt_url(root, plan, item)
+    if storage.create(url, mine.to_bytes()):
+        return mine
+    held = receipt(root, plan, item)
+    if held is not None:
+        return held
+    storage.put(url, mine.to_bytes())
+    return mine
+
+
+def _check_belongs(plan: Plan, item: Item, built: BuiltShard) -> None:
+    ids = np.concatenate([built.sample_ids, built.rejected_ids])
+    if len(ids) != item.samples:
+        raise CommitError(
+            f"{item.name}: {len(ids)} samples written or rejected, the plan says {item.samples}"
+        )
+    if len(ids) and (ids.min() < item.first_id or ids.max() >= item.end_id):
+        raise CommitError(
+            f"{item.name}: ids {ids.min()} to {ids.max()} are not in [{item.first_id}, {item.end_id})"
+        )
+    if built.view not in (None, item.view):
+        raise CommitError(f"{item.name}: the samples are of view {built.view}")
+    tokenizer = plan.header.get("tokenizer")
+    expected = None if tokenizer is None else (*tokenizer["grid"], tokenizer["codebook_size"])
+    given = None if built.grid is None else (*built.grid, built.codebook_size)
+    if given != expected:
+        raise CommitError(
+            f"{item.name}: built with grid and codebook {given}, the plan's tokenizer says {expected}"
+        )
+
+
+def _read_receipt(root: str, plan: Plan, item: Item) -> Receipt | None:
+    """None where there is none, or one that is not this item's: what cannot be read vouches for nothing."""
+    data = _read_or_none(receipt_url(root, plan, item))
+    if data is None:
+        return None
+    try:
+        held = Receipt.from_bytes(data)
+    except (ValueError, KeyError, TypeError):
+        return None
+    shard = held.shard
+    theirs = (held.plan, shard.view, shard.number, shard.first_id, shard.end_id)
+    return held if theirs == (plan.fingerprint, item.view, item.number, item.first_id, item.end_id) else None
+
+
+def _missing_object(root: str, held: Receipt) -> str | None:
+    """The URL of an object that a receipt names and that is absent or has another size."""
+    shard = held.shard.resolved(root)
+    objects: list[tuple[str, int | None]] = [(shard.index, shard.index_bytes)]
+    if not shard.is_foreign:
+        objects.append((shard.tar, shard.tar_bytes))
+    if shard.rejects is not None:
+        objects.append((shard.rejects, shard.rejects_bytes))
+    for url, num_bytes in objects:
+        found = storage.stat(url)
+        if found is None or found.bytes != num_bytes:
+            return url
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ finish
+
+
+def finish(root: str, plan: Plan, decode: Decode) -> Manifest:
+    """Check every receipt and object, then write the shard table and, last, the manifest.
+
+    `decode` turns a stored image into pixels, for the decode probe. Memory does not grow with samples, and
+    with shards only by the 80 bytes of a table row. Raises CommitError naming shards that are not done or do
+    not add up, InputError where a foreign tar has changed or another plan was finished here. Finishing twice
+    gives the same manifest.
+    """
+    root = storage.absolute(root)
+    if storage.exists(storage.join(root, MANIFEST)):
+        return _finished_by(root, plan)
+    summary = collect(root, plan)
+    probe: list[ProbeEntry] = []
+    for shard, rows in summary.probed:
+        probe += probe_shard(shard.resolved(root), rows, decode)
+    table_sha256 = sha256_hex(summary.table)
+    table = TableName(
+        path=f"manifest-{table_sha256[:8]}.parquet", bytes=len(summary.table), sha256=table_sha256
+    )
+    described = json.loads(canonical_json(plan.to_json()))
+    header = described["header"]
+    class_names = header.get("class_names")
+    manifest = Manifest(
+        kind=plan.kind,
+        plan=plan.fingerprint,
+        inputs=described["inputs"],
+        recipe=described["recipe"],
+        first_view=plan.first_view,
+        shards_per_view=plan.num_ranges,
+        written_per_view=tuple(summary.written_per_view),
+        samples_in=summary.samples_in,
+        samples_written=sum(summary.written_per_view),
+        samples_rejected=summary.rejected,
+        class_names=None if class_names is None else tuple(class_names),
+        tokenizer=header.get("tokenizer"),
+        details=_without(header, ("class_names", "tokenizer")),
+        probe=tuple(probe),
+        table=table,
+    )
+    put_table(root, table, summary.table)
+    return create_manifest(root, plan, manifest)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """What the receipts of a complete pass add up to; `probed` are shards with the rows to decode."""
+
+    table: bytes
+    written_per_view: list[int]
+    samples_in: int
+    rejected: dict[str, int]
+    probed: list[tuple[ShardInfo, list[int]]]
+
+
+def collect(root: str, plan: Plan) -> Summary:
+    """Read every receipt by its expected name and check the size of every object it names."""
+    writer = TableWriter()
+    written = [0] * plan.views
+    rejected: Counter[str] = Counter()
+    samples_in = 0
+    undone: list[str] = []
+    num_undone = 0
+    probed: list[tuple[ShardInfo, list[int]]] = []
+    foreign = ""
+    probe_positions = _probe_positions(plan.num_items)
+    for position, (item, held) in enumerate(
+        _in_order(lambda item: (item, receipt(root, plan, item)), items(plan))
+    ):
+        if held is None:
+            num_undone += 1
+            undone = [*undone, item.name][:5]
+            continue
+        shard = held.shard
+        if shard.samples + sum(held.rejected.values()) != item.samples:
+            raise CommitError(
+                f"{item.name}: {shard.samples} written and {sum(held.rejected.values())} rejected, "
+                f"but {item.samples} were read"
+            )
+        if shard.is_foreign and shard.tar != foreign:  # ranges of one tar follow each other
+            check_foreign_tar(shard)
+            foreign = shard.tar
+        writer.append(shard)
+        written[item.view - plan.first_view] += shard.samples
+        rejected.update(held.rejected)
+        samples_in += item.samples
+        rows = sorted({int(part * shard.samples) for part in probe_positions.get(position, ())})
+        if rows and shard.samples:
+            probed.append((shard, rows))
+    if num_undone:
+        raise CommitError(
+            f"{num_undone} of {plan.num_items} shards of {root} are not done ({', '.join(undone)}"
+            f"{', …' if num_undone > len(undone) else ''}); run the same command again to do what is missing"
+        )
+    return Summary(
+        table=writer.finish(),
+        written_per_view=written,
+        samples_in=samples_in,
+        rejected=dict(sorted(rejected.items())),
+        probed=probed,
+    )
+
+
+def put_table(root: str, table: TableName, data: bytes) -> None:
+    """Publish the shard table under its hash name."""
+    storage.put(storage.join(root, table.path), data)
+
+
+def create_manifest(root: str, plan: Plan, manifest: Manifest) -> Manifest:
+    """Create the manifest, or agree with the one that another driver of the same plan created first."""
+    if storage.create(storage.join(root, MANIFEST), manifest.to_bytes()):
+        return manifest
+    return _finished_by(root, plan)
+
+
+def _finished_by(root: str, plan: Plan) -> Manifest:
+    manifest = read_manifest(root)
+    if manifest.plan != plan.fingerprint:
+        raise InputError(
+            f"{root} was finished with another plan, {manifest.plan[:8]} instead of {plan.plan8}; "
+            "choose another output"
+        )
+    return manifest
+
+
+def _probe_positions(num_items: int) -> dict[int, list[float]]:
+    """Item -> fractions of its samples, spread evenly over all items: 16 places in all."""
+    places: dict[int, list[float]] = {}
+    for probe in range(PROBES):
+        number, rest = divmod(probe * num_items, PROBES)
+        places.setdefault(number, []).append(rest / PROBES)
+    return places
+
+
+def _in_order(function: Callable[[_In], _Out], values: Iterable[_In]) -> Iterator[_Out]:
+    """Results in the order of `values`, computed by a few threads that run a little ahead."""
+    with ThreadPoolExecutor(CHECK_THREADS) as pool:
+        ahead: deque[Future[_Out]] = deque()
+        for value in values:
+            ahead.append(pool.submit(function, value))
+            if len(ahead) > 4 * CHECK_THREADS:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _read_or_none(url: str) -> bytes | None:
+    try:
+        return storage.read(url)
+    except (FileNotFoundError, NotADirectoryError):
+        return None

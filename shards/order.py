@@ -1,0 +1,149 @@
+"""The order of samples, version 1: a pure function of (shard sizes, seed, epoch, lanes, windows, position).
+
+Nothing is stored but the sizes, so an epoch of a billion samples starts anywhere in milliseconds and resuming
+needs one number. The random words are those of NumPy's Philox 4x64-10 under key (seed, epoch) and counter
+(0, stream, i, 0): stream 0 orders the shards, stream 1 the samples inside window i, stream 2 the views.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+ORDER_VERSION = 1
+DEFAULT_LANES = 64
+
+_SHARD_STREAM = 0
+_WINDOW_STREAM = 1
+_VIEW_STREAM = 2
+
+
+def permute(m: int, seed: int, epoch: int, stream: int, i: int) -> np.ndarray:
+    """A permutation of range(m), int64 [m]: the argsort of m raw Philox words that carry their index.
+
+    The index replaces the lowest bits that can hold m - 1, so no two words are equal and every sort gives
+    the same answer.
+    """
+    key = np.array([seed, epoch], dtype=np.uint64)
+    counter = np.array([0, stream, i, 0], dtype=np.uint64)
+    words = np.random.Philox(key=key, counter=counter).random_raw(m)
+    index_mask = np.uint64((1 << max(m - 1, 0).bit_length()) - 1)
+    words &= ~index_mask
+    words |= np.arange(m, dtype=np.uint64)
+    words.sort()
+    words &= index_mask
+    return words.astype(np.int64)
+
+
+def view_of_epoch(num_views: int, seed: int, epoch: int) -> int:
+    """The stored view that an epoch reads: K epochs in a row see each of the K views once."""
+    cycle, turn = divmod(epoch, num_views)
+    return int(permute(num_views, seed, cycle, _VIEW_STREAM, 0)[turn])
+
+
+def default_shape(num_shards: int) -> tuple[int, int]:
+    """(lanes, shards per window): 64 lanes of one shard each, or one window over everything.
+
+    A batch then draws from 64 shards at a time; where there are no more than that, from all of them.
+    """
+    return (DEFAULT_LANES, 1) if num_shards > DEFAULT_LANES else (1, max(num_shards, 1))
+
+
+def rank_slice(position: int, batch: int, rank: int, world: int, lanes: int) -> np.ndarray:
+    """Positions, int64 [<= ceil(batch / world)], that a rank takes of the batch [position, position + batch).
+
+    The batch is cut along its lanes, not by p mod world: each shard is then fetched by 1.0 to 1.2 ranks per
+    epoch, not by three, also where world does not divide the lanes. Slices may differ in size by one; every
+    position belongs to exactly one of them.
+    """
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} is not in [0, {world})")
+    positions = np.arange(position, position + batch, dtype=np.int64)
+    by_lane = positions[np.argsort(positions % lanes, kind="stable")]
+    return by_lane[rank * batch // world : (rank + 1) * batch // world]
+
+
+class Order:
+    """Where each position of one epoch lies: a bijection from [0, N) to the (shard, row) of all samples.
+
+    `sizes` [S] are the samples per shard of the epoch's view; a shard may be empty. Memory is O(S): one
+    permutation of the shards, and those of the few windows asked for last. One thread at a time.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int] | np.ndarray,
+        seed: int,
+        epoch: int,
+        lanes: int | None = None,
+        window: int | None = None,
+    ) -> None:
+        sizes = np.asarray(sizes, dtype=np.int64)
+        if sizes.ndim != 1 or (sizes < 0).any():
+            raise ValueError("shard sizes must be one row of non-negative numbers")
+        default_lanes, default_window = default_shape(len(sizes))
+        self.lanes = default_lanes if lanes is None else lanes
+        self.window = default_window if window is None else window
+        if self.lanes < 1 or self.window < 1:
+            raise ValueError(f"lanes ({self.lanes}) and window ({self.window}) must be at least 1")
+        self.seed = seed
+        self.epoch = epoch
+        self.num_samples = int(sizes.sum())
+
+        # FORMAT step 1: the shards laid end to end, in a shuffled order.
+        self._shards = permute(len(sizes), seed, epoch, _SHARD_STREAM, 0)
+        self._starts = np.concatenate([[0], np.cumsum(sizes[self._shards])]).astype(np.int64)
+        # Steps 2 and 3: lanes cut samples, windows never cross a lane.
+        quotient, remainder = divmod(self.num_samples, self.lanes)
+        lane = np.arange(self.lanes, dtype=np.int64)
+        self._lane_starts = lane * quotient + np.minimum(lane, remainder)
+        self._edges = np.unique(
+            np.concatenate([self._starts[:: self.window], self._lane_starts, [self.num_samples]])
+        )
+        self._window_type = np.uint16 if len(self._edges) <= 1 << 16 else np.int64  # 16 bits sort by radix
+        self._windows: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def locate(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, row), each int64 in the shape of `positions`, which may come in any order."""
+        positions = np.asarray(positions, dtype=np.int64)
+        if positions.size and (positions.min() < 0 or positions.max() >= self.num_samples):
+            raise IndexError(f"a position lies outside [0, {self.num_samples})")
+        flat = positions.ravel()
+        # Step 4. Positions are grouped by window, because a window spans few shards, often one: finding the
+        # shard there is nearly free, while a search over all shards would cost as much as all the rest.
+        laid = self._lane_starts[flat % self.lanes] + flat // self.lanes
+        window = (np.searchsorted(self._edges, laid, side="right") - 1).astype(self._window_type)
+        grouped = np.argsort(window, kind="stable")
+        laid, window = laid[grouped], window[grouped]
+        cuts = np.concatenate([[0], np.flatnonzero(window[1:] != window[:-1]) + 1, [len(window)]])
+        touched = window[cuts[:-1]].astype(np.int64) if len(flat) else flat
+        firsts = (
+            np.searchsorted(self._starts, self._edges[touched], side="right") - 1
+        )  # steps over empty shards
+        lasts = np.searchsorted(self._starts, self._edges[touched + 1], side="left")
+        place = np.empty_like(laid)
+        for n, i in enumerate(touched.tolist()):
+            group = slice(cuts[n], cuts[n + 1])
+            start, first = self._edges[i], firsts[n]
+            inside = start + self._permutation(i)[laid[group] - start]
+            place[group] = first + np.searchsorted(self._starts[first + 1 : lasts[n]], inside, side="right")
+            laid[group] = inside
+        shard, row = np.empty_like(laid), np.empty_like(laid)
+        shard[grouped] = self._shards[place]
+        row[grouped] = laid - self._starts[place]
+        return shard.reshape(positions.shape), row.reshape(positions.shape)
+
+    def _permutation(self, i: int) -> np.ndarray:
+        found = self._windows.get(i)
+        if found is not None:
+            self._windows.move_to_end(i)
+            return found
+        length = int(self._edges[i + 1] - self._edges[i])
+        found = permute(length, self.seed, self.epoch, _WINDOW_STREAM, i)
+        self._windows[i] = found
+        # Every lane is inside one window, or passes from one to the next while a batch is read.
+        if len(self._windows) > 2 * self.lanes:
+            self._windows.popitem(last=False)
+        return found

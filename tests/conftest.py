@@ -1,0 +1,201 @@
+"""What many tests stand on: a Ray head with its job server, an S3 server, pictures, data beside the project."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+S3_CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tiny tensors on a shared machine: one thread each, nobody asks a hub for weights, Ray is locked.
+
+    Ray listens on every interface and runs what it is sent, so every cluster of the tests asks for a token.
+    It is set here, for this process and all it starts; otherwise Ray would write one to the home folder.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayHead:
+    """A running local cluster of one node."""
+
+    address: str
+    """For `ray.init` and `--cluster.address`: host:port."""
+    job_server: str
+    """For `JobSubmissionClient` and `--address`: http://host:port."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class S3Server:
+    """A running S3 look-alike on loopback; the AWS_* variables of this process point at it."""
+
+    endpoint: str
+
+    def new_bucket(self, name: str) -> str:
+        """Creates an empty bucket and returns its URL."""
+        request = urllib.request.Request(f"{self.endpoint}/{name}", method="PUT")
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert answer.status == 200
+        return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of reference values and real images beside the project, or a skip."""
+    folder = Path(os.environ.get("BEIT2_SHARED", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no reference data at {folder}; set BEIT2_SHARED to the folder that holds it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """One moto server per test session, in a process of its own."""
+    port = _free_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    log = tempfile.TemporaryFile()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log
+    )
+    variables = {**S3_CREDENTIALS, "AWS_ENDPOINT_URL": endpoint}
+    before = {key: os.environ.get(key) for key in variables}
+    try:
+        _wait_for(endpoint, server, log)
+        os.environ.update(variables)
+        yield S3Server(endpoint=endpoint)
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+        _end(server)
+
+
+@pytest.fixture
+def s3_url(s3_server: S3Server, tmp_path: Path) -> str:
+    """The URL of a bucket nobody used before."""
+    # tmp_path numbers the test, so the name is unique in the session; buckets allow [a-z0-9-] only.
+    return s3_server.new_bucket("test-" + "".join(c for c in tmp_path.name.lower() if c.isalnum())[-50:])
+
+
+@pytest.fixture(scope="session")
+def ray_head(s3_server: S3Server) -> Iterator[RayHead]:
+    """One Ray head with its job server per test session, on free ports and a temporary folder of its own.
+
+    Workers inherit the environment of `ray start`: there, the interpreter of the tests comes first on PATH
+    and the S3 server is known. SIGTERM to the one process ends the whole cluster.
+    """
+    gcs, dashboard, agent, client, workers = (_free_port() for _ in range(5))
+    folder = tempfile.mkdtemp(
+        prefix="ray-", dir="/tmp"
+    )  # short: sockets below it have 107 bytes for their path
+    log = tempfile.TemporaryFile()
+    binaries = str(Path(sys.executable).parent)
+    environment = {
+        **os.environ,
+        "PATH": f"{binaries}:{os.environ.get('PATH', '')}",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    }
+    for key in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        environment.pop(key, None)
+    head = subprocess.Popen(
+        [
+            f"{binaries}/ray", "start", "--head", "--block", "--disable-usage-stats",
+            f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+            f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
+            f"--min-worker-port={workers}", f"--max-worker-port={workers + 199}",
+            f"--temp-dir={folder}", "--num-cpus=4", f"--object-store-memory={256 << 20}",
+        ],
+        env=environment, stdout=log, stderr=log, cwd=folder,
+    )  # fmt: skip
+    try:
+        job_server = f"http://127.0.0.1:{dashboard}"
+        _wait_for(f"{job_server}/api/version", head, log)
+        yield RayHead(address=f"127.0.0.1:{gcs}", job_server=job_server)
+    finally:
+        _end(head)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def make_image_folder(tmp_path: Path) -> Callable[..., Path]:
+    """`make_image_folder(name, classes=3, per_class=8, size=48)`: a folder of small pictures per class.
+
+    Each class has its own colour and stripes, so that there is something to learn; `classes=0` puts
+    `per_class` pictures into the folder itself, without labels. Formats alternate between JPEG and PNG.
+    """
+    import numpy as np
+    from PIL import Image
+
+    def make(name: str = "pictures", *, classes: int = 3, per_class: int = 8, size: int = 48) -> Path:
+        root = tmp_path / name
+        rng = np.random.default_rng(0)
+        for label in range(max(classes, 1)):
+            folder = root / f"class-{label}" if classes else root
+            folder.mkdir(parents=True, exist_ok=True)
+            y, x = np.mgrid[:size, :size]
+            stripes = ((x * (1 + label) + y * (3 - label % 3)) // 6 % 2).astype(float)
+            for i in range(per_class):
+                colour = np.roll(np.array([200.0, 90.0, 40.0]), label) * rng.uniform(0.7, 1.2)
+                pixels = stripes[..., None] * colour + rng.normal(40, 15, (size, size, 3))
+                picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+                picture.save(folder / f"{i:03d}.{'jpg' if i % 2 else 'png'}")
+        return root
+
+    return make
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes], log: tempfile._TemporaryFileWrapper[bytes]) -> None:
+    """Until `url` answers; an error with the end of the log when the process ends first or minutes pass."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except urllib.error.HTTPError:
+            return
+        except OSError:
+            time.sleep(0.2)
+    log.seek(0)
+    raise RuntimeError(f"{url} does not answer:\n{log.read().decode(errors='replace')[-4000:]}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(30)
+        return
+    process.kill()

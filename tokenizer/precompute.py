@@ -1,0 +1,282 @@
+"""The write pass of the token shards (stage one's product): crop, store, decode what was stored, tokenize.
+
+One work item is one (view, range of sample ids). The codes belong to exactly the pixels that are stored,
+because it is the stored JPEG that is decoded and encoded (FORMAT.md, guarantee *pairing*).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from pipeline import storage
+from pipeline.cluster import ClusterConfig, map_items
+from pipeline.config import to_dict
+from pipeline.errors import InputError
+from pipeline.metrics import Progress
+from pipeline.optim import Precision, resolve_precision
+from shards.build import build_shard
+from shards.commit import Item, Plan, commit, finish, items, receipt, start
+from shards.decode import DECODE_VERSION, DecodeConfig, Rejected, decode_image
+from shards.manifest import Dataset, Manifest, open_dataset
+from shards.samples import ImageSample, RejectedSample, StoredSample
+from shards.reader import read_images
+from shards.views import ViewPolicy, decode_crop, encode_crop, render, view_at
+from tokenizer.artifact import VisualTokenizer
+
+T = TypeVar("T")
+
+BATCHES_AHEAD = 2
+CROP_BYTES_PER_PIXEL = 23_600 / 224**2
+"""Measured on ImageNet crops at quality 95, 4:2:0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeConfig:
+    """Write token shards: fixed crops of every image, each paired with its grid of codes.
+
+    A rerun does only what is missing; a finished output is left alone.
+    """
+
+    images: str
+    """Image shards, the output of prepare_images."""
+    tokenizer: str
+    """Tokenizer artifact, the output of train_tokenizer."""
+    output: str
+    """Where the token shards go: a folder or any fsspec URL."""
+    views: ViewPolicy = ViewPolicy()
+    """Which crops; image_size 0 takes the tokenizer's. views_per_image is the number stored of each image."""
+    decode: DecodeConfig = DecodeConfig()
+    """How source images become pixels; the same as in prepare_images."""
+    batch_size: int = 64
+    """Crops per forward pass; every batch is padded to this size, so results do not depend on the rest."""
+    precision: Precision = "auto"
+    """Compute type of the encoder; similarities to the codebook are fp32 in any case."""
+    samples_per_shard: int = 4000
+    """At most so many crops in a shard; fewer where they would exceed 100 MB."""
+    decode_threads: int = 2
+    """Threads per worker that decode, crop and encode JPEG while the encoder runs."""
+    encoder_threads: int = 2
+    """CPU threads of the encoder; part of the plan, because sums may round differently with another number."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Ray actors that share the shards."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ItemReport:
+    """What one work item did."""
+
+    written: int
+    rejected: int
+    seconds: float
+    wait_s: float
+    """Time in which the encoder waited for crops."""
+
+
+def precompute_shards(config: PrecomputeConfig) -> Manifest:
+    """Write all missing shards, then the manifest. Returns the manifest of the finished dataset."""
+    root = storage.absolute(config.output)
+    images = open_dataset(config.images, "images")
+    tokenizer = VisualTokenizer.load(config.tokenizer)
+    plan = start(root, _plan(config, images, tokenizer))
+    todo = [item for item in items(plan) if receipt(root, plan, item) is None]
+    _announce(config, plan, images, todo)
+
+    total = sum(images.num_samples(0) for _ in range(plan.views))
+    progress = Progress("precompute", total, "images")
+    if len(todo) < sum(1 for _ in items(plan)):
+        print(f"{sum(1 for _ in items(plan)) - len(todo)} shards are committed already and are kept", flush=True)
+    rejected = busy_s = wait_s = 0.0
+    shards_done = 0
+    for report in map_items(todo, functools.partial(ShardWriter, config), config.cluster):
+        shards_done += 1
+        rejected += report.rejected
+        busy_s, wait_s = busy_s + report.seconds, wait_s + report.wait_s
+        progress.update(
+            report.written + report.rejected,
+            shards=f"{shards_done}/{len(todo)}",
+            rejected=int(rejected),
+            encoder_waited=f"{100 * wait_s / max(busy_s, 1e-9):.0f} %",
+        )
+    if todo:
+        progress.close(shards=f"{shards_done}/{len(todo)}", rejected=int(rejected))
+    return finish(root, plan)
+
+
+class ShardWriter:
+    """Makes and commits one shard per call; lives in an actor and holds the tokenizer.
+
+    Calls come from two threads, so that one item reads and writes while the other encodes; the encoder
+    itself runs one batch at a time.
+    """
+
+    def __init__(self, config: PrecomputeConfig) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cpu":
+            torch.set_num_threads(config.encoder_threads)
+        self._config = config
+        self._root = storage.absolute(config.output)
+        self._images = open_dataset(config.images, "images")
+        self._tokenizer = VisualTokenizer.load(config.tokenizer, device=device, precision=config.precision)
+        self._plan = start(self._root, _plan(config, self._images, self._tokenizer))
+        self._policy = _policy(config, self._tokenizer)
+        self._encoder = threading.Lock()
+        self._threads = ThreadPoolExecutor(max(1, config.decode_threads), thread_name_prefix="crop")
+
+    def __call__(self, item: Item) -> ItemReport:
+        began = time.monotonic()
+        held = receipt(self._root, self._plan, item)
+        if held is not None:
+            return ItemReport(written=held.samples, rejected=sum(held.rejected.values()), seconds=0.0, wait_s=0.0)
+        samples: list[StoredSample] = []
+        rejects: list[RejectedSample] = []
+        wait_s = 0.0
+        # Source images are read shard by shard and dropped after cropping: what stays are the crops.
+        sources = read_images(self._images, item.first_id, item.end_id)
+        crops = _in_order_ahead(
+            self._threads, functools.partial(self._crop, item.view), sources, ahead=BATCHES_AHEAD * self._config.batch_size
+        )
+        batch: list[tuple[StoredSample, np.ndarray]] = []
+        while True:
+            asked = time.monotonic()
+            crop = next(crops, None)
+            wait_s += time.monotonic() - asked
+            if isinstance(crop, RejectedSample):
+                rejects.append(crop)
+            elif crop is not None:
+                batch.append(crop)
+            if batch and (crop is None or len(batch) == self._config.batch_size):
+                samples += self._tokenize(batch)
+                batch = []
+            if crop is None:
+                break
+        spec = self._tokenizer.spec
+        built = build_shard(samples, rejects, grid=tuple(spec["grid"]), codebook_size=spec["codebook_size"])
+        commit(self._root, self._plan, item, built)
+        return ItemReport(
+            written=len(samples), rejected=len(rejects), seconds=time.monotonic() - began, wait_s=wait_s
+        )
+
+    def _crop(self, view: int, image: ImageSample) -> tuple[StoredSample, np.ndarray] | RejectedSample:
+        """The crop as it will be stored, and the pixels a reader of it will see."""
+        try:
+            pixels = decode_image(image.image, self._config.decode)
+        except Rejected as error:
+            return RejectedSample(
+                sample_id=image.sample_id, source=image.source, reason=error.reason, message=error.message
+            )
+        height, width = pixels.shape[:2]
+        where = view_at(self._policy, image.sample_id, view, height=height, width=width)
+        jpeg = encode_crop(render(pixels, where, self._policy.interpolation), self._policy.jpeg_quality)
+        sample = StoredSample(
+            sample_id=image.sample_id,
+            view=view,
+            image=jpeg,
+            extension="jpg",
+            source=image.source,
+            source_width=width,
+            source_height=height,
+            label=image.label,
+            crop=where.crop,
+            hflip=where.hflip,
+            jitter=where.jitter,
+        )
+        return sample, decode_crop(jpeg)
+
+    def _tokenize(self, batch: list[tuple[StoredSample, np.ndarray]]) -> list[StoredSample]:
+        size = self._policy.image_size
+        pixels = np.zeros((self._config.batch_size, size, size, 3), np.uint8)
+        for row, (_, crop) in enumerate(batch):
+            pixels[row] = crop
+        with self._encoder:
+            codes = self._tokenizer.encode(torch.from_numpy(pixels)).cpu().numpy()
+        grids = codes.astype(np.uint16).reshape(len(codes), *self._tokenizer.spec["grid"])
+        return [sample.with_codes(grid) for (sample, _), grid in zip(batch, grids, strict=False)]
+
+
+def _plan(config: PrecomputeConfig, images: Dataset, tokenizer: VisualTokenizer) -> Plan:
+    """Everything that decides the bytes of the output, and the id range of each shard."""
+    policy = _policy(config, tokenizer)
+    if policy.views_per_image < 1:
+        raise InputError(f"views.views_per_image is {policy.views_per_image}; store 1 view or more")
+    per_crop = policy.image_size**2 * CROP_BYTES_PER_PIXEL
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    recipe = {
+        "views": to_dict(policy),
+        "decode": {**to_dict(config.decode), "version": DECODE_VERSION},
+        "encode": {
+            "device": device,
+            "dtype": str(resolve_precision(config.precision, torch.device(device))).removeprefix("torch."),
+            "batch_size": config.batch_size,
+            "threads": config.encoder_threads,
+        },
+        "libraries": {name: metadata.version(name) for name in ("numpy", "pillow", "simplejpeg", "torch")},
+    }
+    return Plan(
+        kind="tokens",
+        inputs={"images": images.fingerprint, "tokenizer": tokenizer.fingerprint},
+        recipe=recipe,
+        first_ids=_first_ids(images, max(1, min(config.samples_per_shard, int(100e6 / per_crop)))),
+        views=policy.views_per_image,
+        header={"class_names": images.manifest.class_names, "tokenizer": tokenizer.spec},
+    )
+
+
+def _policy(config: PrecomputeConfig, tokenizer: VisualTokenizer) -> ViewPolicy:
+    size = tokenizer.spec["image_size"]
+    if config.views.image_size != size:
+        raise InputError(
+            f"views.image_size is {config.views.image_size}, but the tokenizer at {config.tokenizer} reads images of "
+            f"{size}; set --views.image_size {size}"
+        )
+    return config.views
+
+
+def _first_ids(images: Dataset, samples_per_shard: int) -> tuple[int, ...]:
+    """Id ranges of about `samples_per_shard`: cuts of large image shards, or several small ones together."""
+    edges = images.first_ids()
+    pieces: list[int] = []
+    for first, end in zip(edges[:-1], edges[1:], strict=True):
+        parts = -(-(end - first) // samples_per_shard)
+        pieces += [first + (end - first) * part // parts for part in range(parts)]
+    pieces.append(int(edges[-1]))
+    first_ids = [pieces[0]]
+    for here, after in zip(pieces[1:-1], pieces[2:], strict=True):
+        if after - first_ids[-1] > samples_per_shard:
+            first_ids.append(here)
+    return (*first_ids, pieces[-1])
+
+
+def _announce(config: PrecomputeConfig, plan: Plan, images: Dataset, todo: list[Item]) -> None:
+    crops = images.num_samples(0) * plan.views
+    size = crops * config.views.image_size**2 * CROP_BYTES_PER_PIXEL / 1e9
+    print(
+        f"{images.num_samples(0):,} images x {plan.views} views = {crops:,} crops, about {size:.2f} GB, "
+        f"{len(todo)} shards to write; a run of E epochs sees each crop E/{plan.views} times",
+        flush=True,
+    )
+
+
+def _in_order_ahead(pool: ThreadPoolExecutor, function, items: Iterator, *, ahead: int) -> Iterator:
+    """`map` in order on a thread pool, with at most `ahead` results waiting: bounded memory."""
+    running: deque[Future] = deque()
+    try:
+        for item in items:
+            running.append(pool.submit(function, item))
+            if len(running) >= ahead:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for future in running:
+            future.cancel()

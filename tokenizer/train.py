@@ -1,0 +1,334 @@
+"""Training the visual tokenizer by vector-quantised knowledge distillation (§2.2, Table 8).
+
+Read `_train` from top to bottom: it is the whole loop.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline import storage
+from pipeline.artifacts import claim, read_header
+from pipeline.checkpoints import CheckpointStore, TrainState
+from pipeline.cluster import ClusterConfig, run_training
+from pipeline.config import identity
+from pipeline.errors import InputError
+from pipeline.metrics import MetricsLog, Progress
+from pipeline.optim import (
+    OptimConfig,
+    Precision,
+    autocast,
+    build_optimizer,
+    cosine_schedule,
+    grad_scaler,
+    resolve_precision,
+    set_lr,
+)
+from pipeline.step import RunningMeans, require_finite, synchronized, to_device
+from pipeline.worker import Worker
+from shards.decode import DecodeConfig
+from shards.manifest import Dataset, open_dataset
+from shards.reader import ShardReader
+from shards.views import ViewPolicy
+from tokenizer.artifact import save_tokenizer
+from tokenizer.quantizer import CodeUsage
+from tokenizer.teacher import Teacher, TeacherConfig, build_teacher
+from tokenizer.vqkd import VQKD, VQKDConfig, VQKDOutput, normalize_pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTrainConfig:
+    """Train a visual tokenizer (VQ-KD) on image shards. Defaults are the paper's Table 8.
+
+    A killed run started again with the same settings goes on from its last checkpoint; a finished one is
+    left alone.
+    """
+
+    images: str
+    """Image shards to train on, the output of prepare_images."""
+    output: str
+    """Where the tokenizer artifact goes: a folder or any fsspec URL."""
+    val_images: str | None = None
+    """Image shards for the loss, usage and perplexity after each epoch, on centre crops."""
+    model: VQKDConfig = VQKDConfig()
+    """The tokenizer."""
+    teacher: TeacherConfig = TeacherConfig()
+    """The frozen model whose patch features the codes must predict."""
+    views: ViewPolicy = ViewPolicy(scale=(0.08, 1.0), views_per_image=0)
+    """Crops to train on; a new one of every image in every epoch."""
+    decode: DecodeConfig = DecodeConfig()
+    """How source images become pixels."""
+    optim: OptimConfig = OptimConfig(
+        peak_lr=5e-5, lr_batch_size=128, betas=(0.9, 0.99), weight_decay=1e-4, clip_grad_norm=None
+    )
+    """AdamW and its schedule."""
+    epochs: int = 100
+    """Passes over the images."""
+    batch_size: int = 512
+    """Images per optimizer step, over all workers."""
+    micro_batch_size: int | None = None
+    """Images per forward pass and worker; null takes a worker's whole share at once."""
+    precision: Precision = "auto"
+    """Compute type: auto is bf16 or fp16 on CUDA, fp32 on CPU."""
+    seed: int = 0
+    """Decides initial weights, order and crops."""
+    decode_threads: int = 2
+    """Threads per worker that decode and crop."""
+    checkpoint_every_s: float = 600.0
+    """Seconds between checkpoints; one is also written at the end of each epoch."""
+    log_every_steps: int = 10
+    """Steps between records in metrics.jsonl."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Workers that share each batch."""
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.batch_size, self.log_every_steps) < 1:
+            raise InputError("epochs, batch_size and log_every_steps must be at least 1")
+        if self.views.image_size != self.model.image_size:
+            raise InputError(
+                f"views.image_size {self.views.image_size} and model.image_size {self.model.image_size} differ; "
+                "set both to the same"
+            )
+
+
+PLACES = (
+    "images",
+    "val_images",
+    "output",
+    "cluster",
+    "micro_batch_size",
+    "decode_threads",
+    "checkpoint_every_s",
+    "log_every_steps",
+)
+"""Settings that do not decide the result."""
+
+
+def train_tokenizer(config: TokenizerTrainConfig) -> None:
+    """Train, or finish training, the tokenizer at `config.output`."""
+    output = storage.absolute(config.output)
+    images = open_dataset(config.images, "images")
+    inputs = {"images": images.fingerprint}
+    if config.val_images is not None:
+        inputs["val_images"] = open_dataset(config.val_images, "images").fingerprint
+    # Built here once already: a teacher that does not load or fit is refused before anything is written.
+    inputs["teacher"] = _teacher(config, torch.device("cpu")).fingerprint
+    _reader(config, images, Worker()).close()
+    claim(output, {"job": "train_tokenizer", "config": identity(config, PLACES), "inputs": inputs})
+    if read_header(output, "tokenizer") is not None:
+        print(f"{output} is finished already, with the same settings and inputs: nothing to do", flush=True)
+        return
+    run_training(_train, config, config.cluster)
+    header = read_header(output, "tokenizer")
+    assert header is not None
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in header["metrics"].items())
+    print(f"tokenizer {header['fingerprint'][:12]} at {output}: {figures}", flush=True)
+
+
+def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
+    """One worker's part of the training."""
+    output = storage.absolute(config.output)
+    device = worker.device
+
+    # Data: a rank's slices of the global batches.
+    images = open_dataset(config.images, "images")
+    reader = _reader(config, images, worker)
+    val_images = None if config.val_images is None else open_dataset(config.val_images, "images")
+
+    # Model, teacher, optimizer. Every rank draws the same weights.
+    torch.manual_seed(config.seed)
+    dtype = resolve_precision(config.precision, device)
+    teacher = _teacher(config, device)
+    model = VQKD(config.model, teacher.dim).to(device)
+    optimizer = build_optimizer(model, config.optim, config.batch_size)
+    scaler = grad_scaler(device, dtype)
+    steps_per_epoch = reader.steps_per_epoch
+    lr = cosine_schedule(
+        peak_lr=config.optim.effective_lr(config.batch_size),
+        min_lr=config.optim.min_lr,
+        warmup_steps=round(config.optim.warmup_epochs * steps_per_epoch),
+        total_steps=config.epochs * steps_per_epoch,
+    )
+
+    # Resume, or start the codebook from the first batches.
+    checkpoints = CheckpointStore(output)
+    state, metrics = TrainState(), dict[str, float]()
+    if (found := checkpoints.latest()) is not None:
+        state, tensors = found
+        model.load_state_dict(tensors["model"])
+        optimizer.load_state_dict(tensors["optimizer"])
+        scaler.load_state_dict(tensors["scaler"])
+        metrics = tensors["metrics"]
+    elif model.quantize.needs_kmeans:
+        model.eval()
+        with autocast(device, dtype):
+            first = (normalize_pixels(to_device(batch.pixels, device)) for batch in reader.batches(0))
+            start = model.start_codebook_(first, worker, seed=config.seed)
+        if worker.is_main:
+            print(start, flush=True)
+    replica: nn.Module = model
+    if worker.world_size > 1:
+        replica = DistributedDataParallel(model, broadcast_buffers=False)
+
+    log = MetricsLog(output, resume_step=state.step) if worker.is_main else None
+    total = config.epochs * steps_per_epoch * config.batch_size
+    done = state.epoch * steps_per_epoch * config.batch_size + state.position
+    progress = Progress("train tokenizer", total, "images", done=done) if worker.is_main else None
+    if worker.is_main:
+        print(
+            f"{reader.num_samples:,} images, {config.epochs} epochs of {steps_per_epoch} steps of {config.batch_size}, "
+            f"lr {config.optim.effective_lr(config.batch_size):.2e}, {worker.world_size} workers, {device}, {dtype}",
+            flush=True,
+        )
+
+    def checkpoint(epoch: int, position: int) -> None:
+        tensors = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "metrics": metrics,
+        }
+        checkpoints.save(TrainState(epoch=epoch, position=position, step=step), tensors)
+
+    step, saved = state.step, time.monotonic()
+    figures: dict[str, float] = {}
+    means = RunningMeans(device)
+    for epoch in range(state.epoch, config.epochs):
+        model.train()
+        usage = CodeUsage(config.model.codebook_size, device)
+        for batch in reader.batches(epoch, state.position if epoch == state.epoch else 0):
+            set_lr(optimizer, lr(step))
+            outputs: list[VQKDOutput] = []
+            share = batch.pixels.shape[0]
+            micro = config.micro_batch_size or share
+            for row in range(0, share, micro):
+                pixels = to_device(batch.pixels[row : row + micro], device)
+                with torch.no_grad(), autocast(device, dtype):
+                    target = teacher(pixels)
+                with synchronized(replica, row + micro >= share), autocast(device, dtype):
+                    out: VQKDOutput = replica(normalize_pixels(pixels), target)
+                    # Averaged over ranks by DDP, this is the mean over the global batch, however it is cut.
+                    weight = pixels.shape[0] * worker.world_size / batch.global_size
+                    scaler.scale(out.loss * weight).backward()
+                usage.add(out.codes)
+                means.add(pixels.shape[0], loss=out.loss, rec_loss=out.rec_loss, emb_loss=out.emb_loss)
+                outputs.append(out)
+            scaler.unscale_(optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad_norm or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            # The codes follow the tokens of the whole step, gathered over micro-batches and ranks.
+            model.quantize.update_(sum_statistics(out.statistics for out in outputs), worker)
+            if config.model.restart_dead_codes and (step + 1) % config.model.restart_every == 0:
+                tokens = torch.cat([out.features.flatten(0, 1) for out in outputs])
+                model.quantize.restart_dead_(tokens, worker, steps=config.model.restart_every, seed=config.seed + step)
+            step += 1
+
+            if step % config.log_every_steps == 0:
+                figures = means.take(worker)
+                require_finite(figures, step, batch.keys)
+                model.quantize.check_equal_on_all_ranks(worker)
+                if log is not None:
+                    log.log(step, **figures, lr=lr(step - 1), grad_norm=float(grad_norm))
+            if progress is not None:
+                progress.update(batch.global_size, epoch=epoch + 1, **figures)
+            if worker.is_main and time.monotonic() - saved > config.checkpoint_every_s:
+                checkpoint(epoch, batch.next_position)
+                saved = time.monotonic()
+
+        chosen = usage.gather(worker)
+        metrics = {
+            "train_rec_loss": figures.get("rec_loss", math.nan),
+            "train_codebook_usage": chosen.used_fraction,
+            "train_perplexity": chosen.perplexity,
+        }
+        if val_images is not None:
+            metrics |= {f"val_{k}": v for k, v in validate(model, teacher, config, val_images, worker).items()}
+        if worker.is_main:
+            assert log is not None
+            log.log(step, split="epoch", epoch=epoch + 1, **metrics)
+            shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
+            print(f"epoch {epoch + 1}/{config.epochs}: {shown}", flush=True)
+            checkpoint(epoch + 1, 0)
+            saved = time.monotonic()
+        worker.report(metrics)
+
+    reader.close()
+    if worker.is_main:
+        assert log is not None and progress is not None
+        # Without validation images, the last epoch's training figures say what they can.
+        kind = "train" if val_images is None else "val"
+        save_tokenizer(
+            output,
+            model,
+            teacher=teacher,
+            metrics={
+                "reconstruction_loss": metrics[f"{kind}_rec_loss"],
+                "codebook_usage": metrics[f"{kind}_codebook_usage"],
+                "perplexity": metrics[f"{kind}_perplexity"],
+                "steps": step,
+                "seconds": progress.elapsed_s,
+            },
+            inputs={"images": images.fingerprint, "teacher": teacher.fingerprint},
+        )
+        progress.close()
+        log.close()
+        checkpoints.clear()
+    worker.barrier()
+
+
+@torch.no_grad()
+def validate(
+    model: VQKD, teacher: Teacher, config: TokenizerTrainConfig, images: Dataset, worker: Worker
+) -> dict[str, float]:
+    """Losses, codebook usage (ever hit, Table 4) and perplexity over centre crops, shared by all ranks."""
+    device = worker.device
+    dtype = resolve_precision(config.precision, device)
+    batch_size = min(config.batch_size, images.num_samples(0))
+    reader = _reader(config, images, worker, batch_size=max(batch_size, worker.world_size), validation=True)
+    usage = CodeUsage(config.model.codebook_size, device)
+    figures = RunningMeans(device)
+    model.eval()
+    for batch in reader.batches(0):
+        for pixels in to_device(batch.pixels, device).split(config.micro_batch_size or max(1, len(batch.pixels))):
+            with autocast(device, dtype):
+                out = model(normalize_pixels(pixels), teacher(pixels))
+            usage.add(out.codes)
+            figures.add(pixels.shape[0], loss=out.loss, rec_loss=out.rec_loss, emb_loss=out.emb_loss)
+    reader.close()
+    gathered = usage.gather(worker)
+    return {**figures.take(worker), "codebook_usage": gathered.used_fraction, "perplexity": gathered.perplexity}
+
+
+def _reader(
+    config: TokenizerTrainConfig,
+    images: Dataset,
+    worker: Worker,
+    *,
+    batch_size: int | None = None,
+    validation: bool = False,
+) -> ShardReader:
+    return ShardReader(
+        images,
+        batch_size=batch_size or config.batch_size,
+        seed=config.seed,
+        rank=worker.rank,
+        world_size=worker.world_size,
+        views=config.views,
+        decode=config.decode,
+        center_crop=validation,
+        shuffle=not validation,
+        drop_last=not validation,
+        num_threads=config.decode_threads,
+    )
+
+
+def _teacher(config: TokenizerTrainConfig, device: torch.device) -> Teacher:
+    return build_teacher(config.teacher, config.model.image_size, config.model.patch_size, device)
