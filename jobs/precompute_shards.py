@@ -12,7 +12,7 @@ from tokenizer.precompute import PrecomputeConfig, precompute_shards
 def main(config: PrecomputeConfig) -> None:
     """Write the shards and say what was written."""
     manifest = precompute_shards(config)
-    print(f"token shards at {config.output}: {manifest.num_written:,} crops written, {manifest.num_rejected:,} rejected")
+    print(f"token shards at {config.output}: {manifest.samples_written:,} crops written, {sum(manifest.samples_rejected.values()):,} rejected")
 
 
 if __name__ == "__main__":

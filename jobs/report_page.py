@@ -1,4 +1,4 @@
-"""The look of the report: HTML, SVG charts and inlined pictures, self-contained and legible in light and dark.
+"""The look of the report: HTML, SVG charts and inlined pictures, self-contained, for light and dark screens.
 
 Everything here turns plain values into strings; nothing reads a file or knows a model.
 """
@@ -89,10 +89,9 @@ def summary(rows: Sequence[TableRow]) -> str:
         head = f'<th class="group">{escape(row.group)}</th>' if row.group != group else "<th></th>"
         opening = ' class="first"' if row.group != group else ""
         group = row.group
-        value = f'<td class="value{" missing" if row.missing else ""}">{escape(row.value)}</td>'
-        lines.append(
-            f"<tr{opening}>{head}<td>{escape(row.name)}</td>{value}<td class='muted'>{escape(row.note)}</td></tr>"
-        )
+        style = "value missing" if row.missing else "value"
+        cells = f'<td>{escape(row.name)}</td><td class="{style}">{escape(row.value)}</td>'
+        lines.append(f'<tr{opening}>{head}{cells}<td class="muted">{escape(row.note)}</td></tr>')
     return "\n".join([*lines, "</table></div>"])
 
 
@@ -100,7 +99,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A plain table; columns after the first are figures and stand right."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="plain"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    head, body = f"<thead><tr>{head}</tr></thead>", f"<tbody>{body}</tbody>"
+    return f'<div class="scroll"><table class="plain">{head}{body}</table></div>'
 
 
 def details(title: str, body: str) -> str:
@@ -139,114 +139,110 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 10, 30
 
 def line_chart(title: str, series: Sequence[Series], *, x_label: str) -> str:
     """A titled chart with a legend. Long lines are drawn faint, with their running mean on top."""
-    drawn = [one for one in series if one.points]
-    if not drawn:
+    finite = [
+        (one, points) for one in series if (points := [(x, y) for x, y in one.points if math.isfinite(y)])
+    ]
+    if not finite:
         return ""
-    xs = [x for one in drawn for x, _ in one.points]
-    ys = [y for one in drawn for _, y in one.points if math.isfinite(y)]
-    if not ys:
-        return ""
+    xs = [x for _, points in finite for x, _ in points]
+    ys = [y for _, points in finite for _, y in points]
     x_axis = _Axis(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT)
     y_axis = _Axis(*_padded(min(ys), max(ys)), _HEIGHT - _BOTTOM, _TOP)
     parts = _frame(x_axis, y_axis, x_label)
-    for one in drawn:
-        points = [(x, y) for x, y in one.points if math.isfinite(y)]
+    legend = []
+    for one, points in finite:
         color = f"var(--series-{one.color % 4})"
         if one.marked:
             parts.append(_polyline(x_axis, y_axis, points, color, "1.5", dash="4 3"))
-            parts += [
-                f'<circle cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}" r="3" fill="{color}" stroke="var(--paper)">'
-                f"<title>{escape(one.label)}, {escape(x_label)} {x:g}: {_figure(y)}</title></circle>"
-                for x, y in _thinned(points, 60)
-            ]
+            for x, y in _thinned(points, 60):
+                tip = f"{one.label}, {x_label} {x:g}: {_figure(y)}"
+                parts.append(
+                    f'<circle cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}" r="3" fill="{color}">{_tip(tip)}</circle>'
+                )
         elif len(points) > 40:
             parts.append(_polyline(x_axis, y_axis, _thinned(points, 400), color, "1", opacity="0.3"))
             parts.append(_polyline(x_axis, y_axis, _running_mean(points, 80), color, "2"))
         else:
             parts.append(_polyline(x_axis, y_axis, points, color, "2"))
-    legend = "".join(
-        f'<span><i class="{"dots" if one.marked else "line"}" style="--c:var(--series-{one.color % 4})"></i>'
-        f"{escape(one.label)} <b>{_figure(one.points[-1][1])}</b></span>"
-        for one in drawn
-    )
+        shape = "dots" if one.marked else "line"
+        legend.append(
+            f'<span><i class="{shape}" style="--c:{color}"></i>{escape(one.label)} '
+            f"<b>{_figure(points[-1][1])}</b></span>"
+        )
     return (
-        f'<figure class="chart"><h3>{escape(title)}</h3><div class="legend">{legend}</div>'
-        f"{_svg(parts, escape(title))}</figure>"
+        f'<figure class="chart"><h3>{escape(title)}</h3><div class="legend">{"".join(legend)}</div>'
+        f"{_svg(parts, title)}</figure>"
     )
 
 
 def interval_chart(rows: Sequence[Interval], *, chance: float | None) -> str:
-    """Horizontal bars of shares in [0, 1] with whiskers for their confidence intervals."""
-    height = 26 * len(rows) + 40
-    label_width, right = 170, 60
+    """Horizontal bars of shares in [0, 1] with whiskers for their confidence intervals; the first stands out."""
+    width, left, right, pitch = 640, 190, 60, 28
+    foot = pitch * len(rows) + 8
     top = max([row.high for row in rows] + ([chance] if chance else []))
-    axis = _Axis(0, min(1.0, top * 1.12), label_width, 640 - right)
+    axis = _Axis(0, min(1.0, top * 1.12), left, width - right)
     parts = []
     for tick in _ticks(axis.low, axis.high, 5):
-        x = axis(tick)
-        parts.append(f'<line class="gridline" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - 30}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{height - 14}" text-anchor="middle">{100 * tick:g} %</text>')
+        parts += [
+            _line("gridline", axis(tick), 4, axis(tick), foot),
+            _text(axis(tick), foot + 16, _percent(tick)),
+        ]
     for number, row in enumerate(rows):
-        y = 10 + 26 * number
+        y = 10 + pitch * number
         color = f"var(--series-{0 if number == 0 else 3})"
-        parts.append(
-            f'<text class="ink" x="{label_width - 10}" y="{y + 13}" text-anchor="end">{escape(row.label)}</text>'
-        )
-        parts.append(
-            f'<rect x="{label_width}" y="{y}" width="{axis(row.value) - label_width:.1f}" height="18" rx="2" fill="{color}">'
-            f"<title>{escape(row.label)}: {100 * row.value:.1f} % [{100 * row.low:.1f}, {100 * row.high:.1f}]</title></rect>"
-        )
-        parts.append(
-            f'<path class="whisker" d="M{axis(row.low):.1f} {y + 9}H{axis(row.high):.1f}M{axis(row.low):.1f} {y + 5}v8'
-            f'M{axis(row.high):.1f} {y + 5}v8"/>'
-        )
-        parts.append(
-            f'<text class="ink" x="{axis(row.high) + 8:.1f}" y="{y + 13}">{100 * row.value:.1f} %</text>'
-        )
+        low, high = axis(row.low), axis(row.high)
+        tip = f"{row.label}: {100 * row.value:.1f} % [{100 * row.low:.1f}, {100 * row.high:.1f}]"
+        parts += [
+            _text(left - 10, y + 13, row.label, anchor="end", ink=True),
+            f'<rect x="{left}" y="{y}" width="{axis(row.value) - left:.1f}" height="18" rx="2" fill="{color}">'
+            f"{_tip(tip)}</rect>",
+            _line("whisker", low, y + 9, high, y + 9),
+            _line("whisker", low, y + 5, low, y + 13),
+            _line("whisker", high, y + 5, high, y + 13),
+            _text(high + 8, y + 13, f"{100 * row.value:.1f} %", anchor="start", ink=True),
+        ]
     if chance:
-        x = axis(chance)
-        parts.append(f'<line class="reference" x1="{x:.1f}" x2="{x:.1f}" y1="4" y2="{height - 30}"/>')
-        parts.append(f'<text x="{x + 4:.1f}" y="{height - 2}" text-anchor="middle">chance</text>')
-    return _svg(parts, "linear probe accuracies", width=640, height=height)
+        parts += [
+            _line("reference", axis(chance), 4, axis(chance), foot),
+            _text(axis(chance), foot + 30, "chance"),
+        ]
+    return _svg(parts, "linear probe accuracies", width=width, height=foot + 34)
 
 
 def rank_chart(counts: Sequence[int]) -> str:
     """Share of patches per code, most used first, on a logarithmic scale, with the level of even use."""
     ordered = sorted((count for count in counts if count > 0), reverse=True)
-    total, size = sum(ordered), len(counts)
-    if not total:
+    if not ordered:
         return ""
-    width, height = 900, 220
-    low = 10.0 ** math.floor(math.log10(min(ordered[-1] / total, 1 / size)))
-    high = 10.0 ** math.ceil(math.log10(ordered[0] / total))
-    x_axis = _Axis(0, size, _LEFT, width - _RIGHT)
-    y_axis = _Axis(math.log10(low), math.log10(high), height - _BOTTOM, _TOP)
+    total, even = sum(ordered), 1 / len(counts)
+    width, height = 900, 230
+    right, foot = width - _RIGHT, height - 40
+    lowest = math.floor(math.log10(min(ordered[-1] / total, even)))
+    highest = math.ceil(math.log10(max(ordered[0] / total, even)))
+    x_axis = _Axis(0, len(counts), _LEFT, right)
+    y_axis = _Axis(lowest, max(highest, lowest + 1), foot, _TOP)
     parts = []
-    for power in range(round(math.log10(low)), round(math.log10(high)) + 1):
+    for power in range(lowest, highest + 1):
         y = y_axis(power)
-        parts.append(f'<line class="gridline" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(
-            f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_percent(10.0**power)}</text>'
-        )
-    for tick in _ticks(0, size, 8):
-        parts.append(f'<text x="{x_axis(tick):.1f}" y="{height - 12}" text-anchor="middle">{tick:g}</text>')
-    floor = height - _BOTTOM
+        parts += [
+            _line("gridline", _LEFT, y, right, y),
+            _text(_LEFT - 6, y + 4, _percent(10.0**power), anchor="end"),
+        ]
+    parts += [_text(x_axis(tick), foot + 16, f"{tick:g}") for tick in _ticks(0, len(counts), 8)]
     # At most one bar per pixel: beyond that a bar stands for the mean of neighbours in rank.
-    step = max(1, math.ceil(len(ordered) / (width - _LEFT - _RIGHT)))
-    path = [f"M{x_axis(0):.1f} {floor}"]
+    step = max(1, math.ceil(len(ordered) / (right - _LEFT)))
+    path = [f"M{x_axis(0):.1f} {foot}"]
     for start in range(0, len(ordered), step):
         chunk = ordered[start : start + step]
         y = y_axis(math.log10(sum(chunk) / len(chunk) / total))
         path.append(f"V{y:.1f}H{x_axis(start + len(chunk)):.1f}")
-    parts.append(f'<path d="{"".join(path)}V{floor}Z" fill="var(--series-0)" opacity="0.85"/>')
-    even = y_axis(math.log10(1 / size))
-    parts.append(
-        f'<line class="reference" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{even:.1f}" y2="{even:.1f}"/>'
-    )
-    parts.append(f'<text x="{width - _RIGHT}" y="{even - 5:.1f}" text-anchor="end">even use</text>')
-    parts.append(
-        f'<text x="{width - _RIGHT}" y="{height - 1}" text-anchor="end">codes, most used first</text>'
-    )
+    parts.append(f'<path d="{"".join(path)}V{foot}Z" fill="var(--series-0)" opacity="0.85"/>')
+    level = y_axis(math.log10(even))
+    parts += [
+        _line("reference", _LEFT, level, right, level),
+        _text(right, level - 5, "even use", anchor="end"),
+        _text(right, foot + 32, "codes, most used first", anchor="end"),
+    ]
     return _svg(parts, "codebook usage", width=width, height=height)
 
 
@@ -265,19 +261,26 @@ class _Axis:
 
 
 def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str) -> list[str]:
+    right = _WIDTH - _RIGHT
     parts = []
     for tick in _ticks(y_axis.low, y_axis.high, 5):
         y = y_axis(tick)
-        parts.append(
-            f'<line class="gridline" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_figure(tick)}</text>')
-    for tick in _ticks(x_axis.low, x_axis.high, 5):
-        parts.append(
-            f'<text x="{x_axis(tick):.1f}" y="{_HEIGHT - 14}" text-anchor="middle">{_figure(tick)}</text>'
-        )
-    parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 2}" text-anchor="end">{escape(x_label)}</text>')
-    return parts
+        parts += [_line("gridline", _LEFT, y, right, y), _text(_LEFT - 6, y + 4, _figure(tick), anchor="end")]
+    parts += [_text(x_axis(x), _HEIGHT - 16, _figure(x)) for x in _ticks(x_axis.low, x_axis.high, 5)]
+    return [*parts, _text(right, _HEIGHT - 2, x_label, anchor="end")]
+
+
+def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _text(x: float, y: float, content: str, *, anchor: str = "middle", ink: bool = False) -> str:
+    style = ' class="ink"' if ink else ""
+    return f'<text{style} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(content)}</text>'
+
+
+def _tip(content: str) -> str:
+    return f"<title>{escape(content)}</title>"
 
 
 def _polyline(
@@ -298,11 +301,8 @@ def _polyline(
 
 
 def _svg(parts: Sequence[str], label: str, *, width: int = _WIDTH, height: int = _HEIGHT) -> str:
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}" style="max-width:{width}px">'
-        + "".join(parts)
-        + "</svg>"
-    )
+    opening = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}"'
+    return f'{opening} style="max-width:{width}px">{"".join(parts)}</svg>'
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
@@ -353,39 +353,58 @@ def _figure(value: float) -> str:
 
 _CSS = """
 :root{color-scheme:light dark;--paper:#fcfcfb;--card:#ffffff;--ink:#1c1b1a;--muted:#6b6963;--rule:#e3e1da;
---series-0:#2a6fc9;--series-1:#d9622b;--series-2:#1f9d78;--series-3:#a3a097;--good:#1f9d55;--bad:#d33f3f}
-@media (prefers-color-scheme:dark){:root{--paper:#161615;--card:#1e1e1c;--ink:#ecebe6;--muted:#a09d94;--rule:#35342f;
---series-0:#5b9bea;--series-1:#ee8450;--series-2:#3fbf98;--series-3:#75726a;--good:#3fbf75;--bad:#ee6b6b}}
+--series-0:#2a6fc9;--series-1:#d9622b;--series-2:#1f9d78;--series-3:#a3a097}
+@media (prefers-color-scheme:dark){:root{--paper:#161615;--card:#1e1e1c;--ink:#ecebe6;--muted:#a09d94;
+--rule:#35342f;--series-0:#5b9bea;--series-1:#ee8450;--series-2:#3fbf98;--series-3:#75726a}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+body{margin:0;background:var(--paper);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1080px;margin:0 auto;padding:32px 24px 64px}
 header{border-bottom:2px solid var(--ink);margin-bottom:8px}
 h1{font-size:28px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em}
-h2{font-size:19px;margin:36px 0 8px}h3{font-size:14px;margin:0 0 2px}
-p{margin:6px 0 12px;max-width:76ch}.muted,figcaption,.missing{color:var(--muted)}
+h2{font-size:19px;margin:36px 0 8px}
+h3{font-size:14px;margin:0 0 2px}
+p{margin:6px 0 12px;max-width:76ch}
+.muted,figcaption,.missing{color:var(--muted)}
 .verdict{border-left:3px solid var(--series-0);padding:4px 0 4px 12px;font-weight:600}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
 td,th{padding:5px 14px 5px 0;text-align:left;vertical-align:top;font-weight:400}
-.summary .first td,.summary .first th{border-top:1px solid var(--rule)}.summary .group{font-weight:600;white-space:nowrap}
-.summary .value{font-weight:600;white-space:nowrap}.summary .missing{font-weight:400}
-.plain th{color:var(--muted);font-size:13px;border-bottom:1px solid var(--rule)}.plain td{border-bottom:1px solid var(--rule)}
-.plain td:not(:first-child),.plain th:not(:first-child){text-align:right}.plain td:last-child,.plain th:last-child{padding-right:0}
+.summary .first td,.summary .first th{border-top:1px solid var(--rule)}
+.summary .group{font-weight:600;white-space:nowrap}
+.summary .value{font-weight:600;white-space:nowrap}
+.summary .missing{font-weight:400}
+.plain th{color:var(--muted);font-size:13px;border-bottom:1px solid var(--rule)}
+.plain td{border-bottom:1px solid var(--rule)}
+.plain td:not(:first-child),.plain th:not(:first-child){text-align:right}
+.plain td:last-child,.plain th:last-child{padding-right:0}
 .grid{display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--cell)),1fr))}
-figure{margin:0}.chart{background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:12px 14px 8px}
+figure{margin:0}
+.chart{background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:12px 14px 8px}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:12.5px;color:var(--muted);margin-bottom:4px}
-.legend b{color:var(--ink);font-weight:600}.legend i{display:inline-block;width:14px;margin-right:5px;vertical-align:middle}
-.legend .line{border-top:2.5px solid var(--c)}.legend .dots{height:7px;width:7px;border-radius:50%;background:var(--c)}
-svg{display:block;width:100%;height:auto}svg text{font-size:11px;fill:var(--muted)}svg text.ink{fill:var(--ink);font-size:13px}
-.gridline{stroke:var(--rule)}.reference{stroke:var(--ink);stroke-dasharray:3 3;opacity:.6}
+.legend b{color:var(--ink);font-weight:600}
+.legend i{display:inline-block;width:14px;margin-right:5px;vertical-align:middle}
+.legend .line{border-top:2.5px solid var(--c)}
+.legend .dots{height:7px;width:7px;border-radius:50%;background:var(--c)}
+svg{display:block;width:100%;height:auto}
+svg text{font-size:11px;fill:var(--muted)}
+svg text.ink{fill:var(--ink);font-size:13px}
+.gridline{stroke:var(--rule)}
+.reference{stroke:var(--ink);stroke-dasharray:3 3;opacity:.6}
 .whisker{stroke:var(--ink);stroke-width:1.5;fill:none}
-img{display:block;max-width:100%;height:auto;border-radius:3px}.hard{image-rendering:pixelated}
-.code{display:grid;grid-template-columns:92px 1fr;gap:12px;align-items:center;margin:6px 0}
-.code b{display:block}.code span{font-size:12.5px;color:var(--muted)}
-.row{display:grid;grid-template-columns:repeat(5,minmax(0,1fr));gap:8px;margin:0 0 10px}.row img{width:100%}
-.row figcaption,.heads{font-size:12.5px;color:var(--muted)}.heads{margin-bottom:4px}
-.key i{display:inline-block;width:11px;height:11px;border-radius:2px;margin:0 5px 0 12px;vertical-align:-1px;background:var(--c)}
-details{margin:10px 0}summary{cursor:pointer;color:var(--muted)}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:12.5px;background:var(--card);border:1px solid var(--rule);
-border-radius:6px;padding:10px 12px}
+img{display:block;max-width:100%;height:auto;border-radius:3px}
+.hard{image-rendering:pixelated}
+.code{display:grid;grid-template-columns:96px 1fr;gap:12px;align-items:center;margin:6px 0}
+.code b{display:block}
+.code span{font-size:12.5px;color:var(--muted)}
+.row{display:grid;grid-template-columns:repeat(5,minmax(0,1fr));gap:8px;margin:0 0 8px}
+.row img{width:100%}
+.heads{font-size:12.5px;color:var(--muted);margin-bottom:4px}
+.key i{display:inline-block;width:11px;height:11px;border-radius:2px;margin:0 5px 0 12px;
+vertical-align:-1px;background:var(--c)}
+details{margin:10px 0}
+summary{cursor:pointer;color:var(--muted)}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:12.5px;background:var(--card);
+border:1px solid var(--rule);border-radius:6px;padding:10px 12px}
 @media print{section{break-inside:avoid}}
 """

@@ -68,7 +68,7 @@ class PipelineConfig:
     """Pretrain from image shards and tokenizer, without writing token shards."""
 
     address: str | None = None
-    """Job server of a Ray cluster (http://host:8265) that every stage is submitted to; null runs them here."""
+    """Job server of a Ray cluster (http://host:8265) to which stages are submitted; null runs them here."""
 
     cluster: ClusterOverride = field(default_factory=ClusterOverride)
     """Cluster settings of every stage."""
@@ -354,7 +354,7 @@ def inputs_fingerprint(stage: Stage, images: str) -> str:
 
 
 class StageLog:
-    """The output of a stage: printed behind its name, kept in `<output>/logs/<stage>.log`, its end in mind."""
+    """The output of a stage: printed behind its name, kept in `<output>/logs/`, its end at hand."""
 
     def __init__(self, output: str, name: str) -> None:
         self.url = storage.join(output, "logs", f"{name}.log")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shlex
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 
 import ray.exceptions
 from ray._private.ray_constants import get_runtime_env_default_excludes
@@ -28,19 +28,26 @@ POLL_S = 1.0
 class JobServer:
     """A cluster's job server, and the working directory that travels with every job submitted through it."""
 
-    def __init__(self, client: JobSubmissionClient, package: Path) -> None:
+    def __init__(self, address: str, client: JobSubmissionClient, package: Path) -> None:
+        self._address = address
         self._client = client
         self._package = package
         with zipfile.ZipFile(package) as archive:
             self._files = set(archive.namelist())
 
     @classmethod
-    def connect(cls, address: str, working_dir: str = ".") -> JobServer:
+    @contextlib.contextmanager
+    def connect(cls, address: str, working_dir: str = ".") -> Iterator[JobServer]:
         """Reach the job server and pack the working directory; its size is printed before anything is sent.
 
-        The package is what `ray job submit --working-dir .` would send: all but what .gitignore and .rayignore
-        name, .git and .venv. InputError when it is over Ray's limit or nobody answers.
+        The package is what `ray job submit --working-dir .` would send: all but .git, .venv and what
+        .gitignore and .rayignore name. InputError when it is over Ray's limit or nobody answers.
         """
+        for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+            if os.environ.get(variable, address) != address:
+                raise InputError(
+                    f"{variable} is set and Ray puts it before --address; unset it, or make them equal"
+                )
         try:
             client = JobSubmissionClient(address)
         except ray.exceptions.AuthenticationError:
@@ -52,36 +59,13 @@ class JobServer:
             raise InputError(
                 f"no job server answers at {address}; check --address (http://host:8265)"
             ) from None
-        handle, name = tempfile.mkstemp(prefix="working-dir-", suffix=".zip")
-        os.close(handle)
-        package = Path(name)
-        # Private, but the public interface packs and sends in one step, and the size is wanted in between.
-        create_package(
-            working_dir, package, include_gitignore=True, excludes=get_runtime_env_default_excludes()
-        )
-        num_bytes = package.stat().st_size
-        limit = f"{UPLOAD_LIMIT_BYTES / 2**20:.0f} MiB"
-        print(
-            f"working directory {os.path.abspath(working_dir)}: {num_bytes / 2**20:.1f} MiB to upload "
-            f"(Ray takes {limit})",
-            flush=True,
-        )
-        if num_bytes > UPLOAD_LIMIT_BYTES:
-            largest = _largest_entries(package)
-            package.unlink()
-            raise InputError(
-                f"the working directory is {num_bytes / 2**20:.0f} MiB, over Ray's {limit}; name in .rayignore "
-                f"what the jobs do not need; largest: {largest}"
-            )
-        return cls(client, package)
-
-    def __enter__(self) -> JobServer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._package.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix="working-dir-") as folder:
+            package = Path(folder, "working_dir.zip")
+            # Private, but the public interface packs and sends in one step; the size is wanted in between.
+            excludes = get_runtime_env_default_excludes()
+            create_package(working_dir, package, include_gitignore=True, excludes=excludes)
+            _check_size(working_dir, package)
+            yield cls(address, client, package)
 
     def run(self, name: str, argv: Sequence[str], on_line: Callable[[str], None]) -> int:
         """Run `python -m jobs.<name> argv` on the cluster and return its exit status.
@@ -161,6 +145,18 @@ class JobServer:
                 f"{name}.config: {config} does not travel with a job; name a URL, or a path relative to the "
                 "working directory and below it that neither .gitignore nor .rayignore covers"
             )
+
+
+def _check_size(working_dir: str, package: Path) -> None:
+    """Print how large the package is; InputError when it is over Ray's limit."""
+    size, limit = package.stat().st_size, f"{UPLOAD_LIMIT_BYTES >> 20} MiB"
+    what = f"the working directory, {os.path.abspath(working_dir)}, is {size / 2**20:.1f} MiB to upload"
+    if size > UPLOAD_LIMIT_BYTES:
+        raise InputError(
+            f"{what}, and Ray takes {limit}; name in .rayignore what the jobs do not need, first of all "
+            f"{_largest_entries(package)}"
+        )
+    print(f"{what} (Ray takes {limit})", flush=True)
 
 
 def _largest_entries(package: Path) -> str:

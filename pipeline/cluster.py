@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pipeline.errors import InputError
 
@@ -51,6 +51,16 @@ class ClusterConfig:
 
 class WorkerFailedError(Exception):
     """A worker died or raised; the message names it and carries its traceback."""
+
+
+def device_type(cluster: ClusterConfig) -> Literal["cpu", "cuda"]:
+    """What the workers will compute on: decided here, before any of them runs."""
+    if cluster.num_workers == 0:
+        import torch
+
+        return "cuda" if torch.cuda.is_available() and cluster.use_gpu is not False else "cpu"
+    _connect(cluster)
+    return "cuda" if _resources(cluster)[0] else "cpu"
 
 
 # ------------------------------------------------------------------------------------------------ items

@@ -1,4 +1,4 @@
-"""The student ViT of BEiT v2 (paper §2.3, Table 9): patches, [CLS], one shared relative-position table, layer scale.
+"""The student ViT of BEiT v2 (paper §2.3, Table 9): [CLS], layer scale, one shared relative-position table.
 
 Also its artifact, `backbone.safetensors` with `backbone.json`. Parameter names are those of the published
 pretraining checkpoints.
@@ -70,8 +70,7 @@ class BackboneConfig:
                 raise InputError(f"backbone.{name} is {getattr(self, name)}; it must be at least 1")
         if self.image_size % self.patch_size:
             raise InputError(
-                f"an image of {self.image_size} pixels is no whole number of {self.patch_size}-pixel patches; "
-                "change image_size or patch_size"
+                f"image_size {self.image_size} does not divide by patch_size {self.patch_size}; change either"
             )
         if self.width % self.heads:
             raise InputError(
@@ -111,9 +110,9 @@ class BackboneSize:
     heads: int | None = None
     """Attention heads; null is the named size's."""
     layer_scale_init: float | None = None
-    """First value of the layer scales; null is 0.1, for large 1e-5 (paper Table 9); 0 leaves the scales out."""
+    """First value of the layer scales; null is 0.1, for large 1e-5 (Table 9); 0 leaves them out."""
     drop_path: float = 0.0
-    """Stochastic depth of the last block (paper Table 9: 0 for 300 epochs, 0.1 for 1600)."""
+    """Stochastic depth of the last block (Table 9: 0 for 300 epochs, 0.1 for 1600)."""
 
     def resolve(self, *, image_size: int, patch_size: int) -> BackboneConfig:
         """The complete config for images and patches of this size; InputError when it cannot be built."""
@@ -127,7 +126,8 @@ class BackboneSize:
             case "large":
                 width, depth, heads, layer_scale_init = 1024, 24, 16, 1e-5
             case _:
-                raise InputError(f"no backbone size {self.size!r}; choose one of {', '.join(get_args(SizeName))}")
+                names = ", ".join(get_args(SizeName))
+                raise InputError(f"no backbone size {self.size!r}; choose one of {names}")
         return BackboneConfig(
             image_size=image_size,
             patch_size=patch_size,
@@ -174,10 +174,11 @@ def relative_position_index(grid: tuple[int, int]) -> Tensor:
     """Table row for each (query, key) pair of tokens: [T, T] int64, in the published layout.
 
     With displacements d = query - key, patches use row (dy + rows - 1) * (2 * columns - 1) + dx + columns - 1;
-    the last three rows are [CLS] to patch, patch to [CLS], [CLS] to itself (reference.md §3).
+    The last three rows are [CLS] to patch, patch to [CLS], [CLS] to itself (reference.md §3).
     """
     rows, columns = grid
-    y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
+    patch = torch.arange(rows * columns)
+    y, x = patch // columns, patch % columns
     dy = y[:, None] - y[None, :] + rows - 1
     dx = x[:, None] - x[None, :] + columns - 1
     first_special = num_displacements(grid) - 3
@@ -221,10 +222,12 @@ class Backbone(nn.Module):
         rescale_residual_branches(self.blocks)
 
     def embed(self, pixels: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens [B, T, D] of normalised pixels [B, 3, S, S]; patches where mask [B, N] holds get the mask token."""
+        """Tokens [B, T, D] of normalised pixels [B, 3, S, S]; the mask token where mask [B, N] bool holds."""
         expected = (3, self.config.image_size, self.config.image_size)
         if pixels.shape[1:] != expected:
-            raise ValueError(f"pixels are {tuple(pixels.shape)}, the backbone was built for {('B', *expected)}")
+            raise ValueError(
+                f"pixels are {tuple(pixels.shape[1:])} each, the backbone was built for {expected}"
+            )
         x = self.patch_embed(pixels)
         if mask is not None:
             x = torch.where(mask[:, :, None], self.mask_token, x)
@@ -246,7 +249,7 @@ class Backbone(nn.Module):
         return outputs
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images [B, 3, S, S] or [B, S, S, 3] -> float32 [B, 3, S, S] as this backbone was trained on."""
+        """uint8 images [B, 3, S, S] or [B, S, S, 3] -> float32 [B, 3, S, S] as in this backbone's training."""
         return normalize_images(images, mean=self.config.mean, std=self.config.std)
 
 
@@ -265,7 +268,7 @@ def init_trunc_normal(tensor: Tensor) -> None:
     """Fill with a normal of std 0.02 cut at one sigma, the start of every BEiT weight.
 
     By the inverse distribution function: torch's own draws again whatever falls outside, which at one sigma
-    took 20 s for 100 M weights, against 3 s.
+    took 20 s for 100 M weights, against 1 s.
     """
     bound = math.erf(INIT_TRUNCATE_AT / INIT_STD / math.sqrt(2.0))
     with torch.no_grad():
@@ -329,9 +332,14 @@ def backbone_config(header: Mapping[str, Any]) -> BackboneConfig:
     known = {field.name for field in dataclasses.fields(BackboneConfig)}
     if held.keys() != known:
         names = ", ".join(sorted(held.keys() ^ known))
-        raise InputError(f"the backbone's config differs from this version's in {names}; use the version that made it")
-    held["mean"], held["std"] = tuple(held["mean"]), tuple(held["std"])
-    return BackboneConfig(**held)
+        raise InputError(
+            f"the backbone's config differs from this version's in {names}; use the other version"
+        )
+    try:
+        held["mean"], held["std"] = tuple(held["mean"]), tuple(held["std"])
+        return BackboneConfig(**held)
+    except TypeError as error:
+        raise InputError(f"the backbone's config is damaged ({error}); make the backbone again") from None
 
 
 def load_backbone(url: str, device: str | torch.device = "cpu") -> Backbone:
@@ -352,7 +360,7 @@ def read_weights(url: str, header: Mapping[str, Any]) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(artifacts.read_file(url, header, WEIGHTS_FILE))
     except safetensors.SafetensorError as error:
-        raise InputError(f"{url}/{WEIGHTS_FILE} is no safetensors file ({error}); make the backbone again") from None
+        raise InputError(f"{url}/{WEIGHTS_FILE} is damaged ({error}); make the backbone again") from None
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], url: str) -> None:

@@ -1,4 +1,4 @@
-"""Block-wise masks for masked image modelling (paper §2.3, "blockwise masking" of BEiT): which patches the student must guess.
+"""Block-wise masks (paper §2.3, as in BEiT): which patches the student must guess.
 
 `block_mask` is the scalar procedure, driven by the caller's random generators; `block_masks` draws the same
 distribution for a whole batch, as a pure function of (seed, epoch, position), and is what training uses.
@@ -58,7 +58,9 @@ class MaskConfig:
         low, high = self.aspect
         if not 0 < low <= high < math.inf:
             raise InputError(f"mask.aspect is {self.aspect}; give two positive bounds, the smaller one first")
-        return MaskSpec(height=height, width=width, num_masked=num_masked, min_block=min_block, aspect=(low, high))
+        return MaskSpec(
+            height=height, width=width, num_masked=num_masked, min_block=min_block, aspect=self.aspect
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ class BlockMasks:
 
 
 def block_mask(spec: MaskSpec, draws: random.Random, single_draws: np.random.RandomState) -> np.ndarray:
-    """One mask [height, width] bool by the official procedure, slow and plain; the yardstick of `block_masks`.
+    """One mask [height, width] bool by the official procedure, slow and plain; measures `block_masks`.
 
     Consumes `draws` (area, aspect, top, left per proposal) and `single_draws` (the top-up) in the official
     order, so that generators seeded alike give the official masks (reference.md §4).
@@ -119,7 +121,7 @@ def block_mask(spec: MaskSpec, draws: random.Random, single_draws: np.random.Ran
 def block_masks(
     positions: np.ndarray, grid: tuple[int, int], config: MaskConfig, *, seed: int, epoch: int
 ) -> np.ndarray:
-    """Masks of the samples at these positions of an epoch: [len(positions), rows * columns] bool, True = masked.
+    """Masks [len(positions), rows * columns] bool (True = masked) of the samples at these positions of an epoch.
 
     A sample's mask depends on (seed, epoch, position) alone, so ranks, batch sizes and resumed runs agree.
     Every mask has exactly `num_masked` patches. InputError when the config does not fit the grid.
@@ -131,7 +133,7 @@ def draw_block_masks(positions: np.ndarray, spec: MaskSpec, *, seed: int, epoch:
     """`block_masks` for a resolved spec, with the counts of blocks and single patches.
 
     All proposals of one block are drawn and measured together for every image that still has room, which is
-    the scalar procedure with its inner loop unrolled: a refused proposal leaves no trace but the words it used.
+    the scalar procedure with its inner loop unrolled: a refused proposal changes nothing.
     """
     streams = _streams(np.asarray(positions), seed=seed, epoch=epoch)
     num_images = len(streams)
@@ -153,7 +155,8 @@ def draw_block_masks(positions: np.ndarray, spec: MaskSpec, *, seed: int, epoch:
         block += 1
 
     bits = np.arange(spec.width, dtype=np.uint64)
-    mask = ((rows[:, :, None] >> bits) & np.uint64(1)).astype(bool).reshape(num_images, spec.height * spec.width)
+    cells = (rows[:, :, None] >> bits) & np.uint64(1)  # [B, height, width]
+    mask = cells.astype(bool).reshape(num_images, spec.height * spec.width)
     _top_up(mask, room, streams)
     return BlockMasks(mask=mask, num_blocks=num_blocks, num_single=room)
 
@@ -196,7 +199,7 @@ def _propose(
 
 
 def _row_ranges(num_rows: int) -> np.ndarray:
-    """[(num_rows + 1)^2, num_rows] uint8: entry top * (num_rows + 1) + height marks rows [top, top + height)."""
+    """[(R + 1)^2, R] uint8 for R rows: entry top * (R + 1) + height marks rows [top, top + height)."""
     edge = np.arange(num_rows + 1)
     top, height, row = edge[:, None, None], edge[None, :, None], edge[:num_rows]
     ranges = (row >= top) & (row < top + height)
@@ -204,7 +207,7 @@ def _row_ranges(num_rows: int) -> np.ndarray:
 
 
 def _top_up(mask: np.ndarray, room: np.ndarray, streams: np.ndarray) -> None:
-    """Mask `room` random visible patches of each image, in place: one uniform draw per patch, without replacement."""
+    """Mask `room` random visible patches of each image, in place, one after another."""
     short = np.flatnonzero(room)
     num_patches = mask.shape[1]
     for k in range(int(room.max(initial=0))):

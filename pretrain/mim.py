@@ -1,4 +1,4 @@
-"""Masked image modelling with patch aggregation (paper §2.3, Figure 3): the student, its two heads and its losses.
+"""Masked image modelling with patch aggregation (paper §2.3, Figure 3): the student, its heads, its losses.
 
 The student sees masked images and predicts the visual token of every masked patch; a shallow second head
 sees the final [CLS] with patches of an early layer, which pushes what is global into [CLS].
@@ -48,14 +48,14 @@ class MIMConfig:
     patch_aggregation: PatchAggregationConfig = field(default_factory=PatchAggregationConfig)
     """The second head."""
     cls_head_init: Literal["official", "trunc_normal"] = "official"
-    """Start of the second head's blocks: torch's default for linear layers, as published, or as all others."""
+    """Start of the second head's blocks: torch's linear layers, as published, or like all others."""
 
 
 @dataclass(frozen=True)
 class MIMOutput:
-    """Logits [M, K] of both heads for the masked patches, image by image; `masked` [M] are their flat indices.
+    """Logits [M, K] of both heads for the masked patches, image by image.
 
-    `logits_cls` is None without patch aggregation.
+    `masked` [M] are their flat indices; `logits_cls` is None without patch aggregation.
     """
 
     logits: Tensor
@@ -94,7 +94,7 @@ class MIMLoss:
 
 @dataclass(frozen=True)
 class MIMFigures:
-    """Means over masked patches: cross-entropy and accuracy of the main head and of the second one, and their sum."""
+    """Means over masked patches: cross-entropy and accuracy of the main and the second head."""
 
     loss_total: float
     loss: float
@@ -161,7 +161,7 @@ def masked_patches(mask: Tensor) -> Tensor:
 
 
 def mim_loss(output: MIMOutput, codes: Tensor) -> MIMLoss:
-    """Cross-entropy of both heads against codes [B, N] (any integer type), summed over masked patches (Eq. 3)."""
+    """Cross-entropy of both heads against codes [B, N], any integer type, over masked patches (Eq. 3)."""
     target = codes.flatten()[output.masked].long()
     loss, correct = _cross_entropy(output.logits, target)
     if output.logits_cls is None:
@@ -197,11 +197,16 @@ def load_mim(url: str, device: str | torch.device = "cpu") -> MIM:
     held = header.get("mim")
     if held is None:
         raise InputError(f"the backbone at {url} holds no pretraining heads; give one written by pretraining")
-    config = dict(held["config"])
-    aggregation = PatchAggregationConfig(**config.pop("patch_aggregation"))
-    model = MIM(
-        backbone_config(header), MIMConfig(patch_aggregation=aggregation, **config), held["codebook_size"]
-    )
+    try:
+        config = dict(held["config"])
+        aggregation = PatchAggregationConfig(**config.pop("patch_aggregation"))
+        mim_config = MIMConfig(patch_aggregation=aggregation, **config)
+        model = MIM(backbone_config(header), mim_config, held["codebook_size"])
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"the heads of the backbone at {url} are not described as this version does ({error!r}); "
+            "use the version that made it"
+        ) from None
     load_tensors(model, read_weights(url, header), url)
     return model.eval().requires_grad_(False).to(device)
 

@@ -174,11 +174,6 @@ def open_source(config: PretrainConfig, device: torch.device | str = "cpu") -> S
     assert config.images is not None and config.tokenizer is not None
     dataset = open_dataset(config.images, "images")
     online = VisualTokenizer.load(config.tokenizer, device=device, precision=config.precision)
-    if config.views.image_size != online.spec["image_size"]:
-        raise InputError(
-            f"views.image_size is {config.views.image_size}, but the tokenizer at {config.tokenizer} reads images of "
-            f"{online.spec['image_size']}; set --views.image_size {online.spec['image_size']}"
-        )
     inputs = {"images": dataset.fingerprint, "tokenizer": online.fingerprint}
     return Source(dataset=dataset, tokenizer=online.spec, online=online, inputs=inputs)
 
@@ -335,7 +330,7 @@ def _reader(config: PretrainConfig, source: Source, worker: Worker) -> ShardRead
         seed=config.seed,
         rank=worker.rank,
         world_size=worker.world_size,
-        views=config.views if source.online is not None else None,
+        views=config.views.resolve(source.tokenizer["image_size"]) if source.online is not None else None,
         decode=config.decode,
         # Online crops pass through JPEG as stored ones do: both modes see the same pixels, bit for bit.
         stored_pixels=True,

@@ -13,27 +13,24 @@ rerun, or a second driver started by mistake leaves the same bytes.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 
 from pipeline import storage
-from pipeline.artifacts import canonical_json, differences, fingerprint, sha256_hex
+from pipeline.artifacts import canonical_json, differences, sha256_hex
 from pipeline.errors import InputError
-from shards.build import MAX_SHARD_SAMPLES, BuiltShard
+from shards.build import BuiltShard
 from shards.index import FORMAT_VERSION
 from shards.manifest import (
     MANIFEST,
     Decode,
-    Kind,
     Manifest,
     ProbeEntry,
     ShardInfo,
@@ -42,9 +39,8 @@ from shards.manifest import (
     check_foreign_tar,
     probe_shard,
     read_manifest,
-    shard_name,
 )
-from shards.samples import MAX_SAMPLE_ID, MAX_VIEWS
+from shards.plan import Item, Plan, items
 
 PLAN = "plan.json"
 PROBES = 16
@@ -59,138 +55,7 @@ class CommitError(Exception):
     """The pass cannot go on: shards are missing, or what was committed does not add up."""
 
 
-# ------------------------------------------------------------------------------------------------ plan
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Item:
-    """One unit of work: the samples of one view with ids in [first_id, end_id), `samples` of them."""
-
-    view: int
-    number: int
-    first_id: int
-    end_id: int
-    samples: int
-
-    @property
-    def name(self) -> str:
-        return shard_name(self.view, self.number)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Everything that decides the bytes of a dataset, frozen before its first shard.
-
-    Range i holds the ids [first_ids[i], first_ids[i + 1]); the same ranges hold for every view. `samples`
-    says how many samples must come out of each range, written or rejected; None means every id. (Token
-    datasets plan with `Dataset.id_ranges` of their images, whose ids have gaps where images were rejected.)
-    `inputs` are fingerprints by name, `recipe` whatever else decides the bytes; both are compared on a rerun
-    and copied into the manifest, as is `header`: class_names, tokenizer, and anything else worth saying.
-    """
-
-    kind: Kind
-    inputs: dict[str, str]
-    recipe: dict[str, Any]
-    first_ids: tuple[int, ...]
-    views: int
-    header: dict[str, Any]
-    samples: tuple[int, ...] | None = None
-    first_view: int = 0
-
-    def __post_init__(self) -> None:
-        ids = np.array(self.first_ids, np.int64)
-        sizes = np.diff(ids)
-        counts = sizes if self.samples is None else np.array(self.samples, np.int64)
-        if len(sizes) < 1 or sizes.min() < 1 or ids[0] < 0 or ids[-1] > MAX_SAMPLE_ID:
-            raise ValueError("first_ids must be at least two ascending ids, the last one the end")
-        if counts.shape != sizes.shape or counts.min() < 0 or (counts > sizes).any():
-            raise ValueError("samples must give, for each range, a number that its ids can hold")
-        if counts.max() > MAX_SHARD_SAMPLES:
-            raise ValueError(f"a range of {counts.max()} samples; a shard holds at most {MAX_SHARD_SAMPLES}")
-        if self.views < 1 or self.first_view < 0 or self.first_view + self.views > MAX_VIEWS:
-            raise ValueError(f"views must be within 0 to {MAX_VIEWS - 1}, and at least one")
-        tokenizer = self.header.get("tokenizer") or {}
-        if self.kind == "tokens" and not {"fingerprint", "grid", "codebook_size"} <= set(tokenizer):
-            raise ValueError(
-                "the header of a token plan needs tokenizer.fingerprint, .grid and .codebook_size"
-            )
-
-    @property
-    def num_ranges(self) -> int:
-        return len(self.first_ids) - 1
-
-    @property
-    def num_items(self) -> int:
-        return self.num_ranges * self.views
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return fingerprint(self.to_json())
-
-    @property
-    def plan8(self) -> str:
-        return self.fingerprint[:8]
-
-    def to_json(self) -> dict[str, Any]:
-        """Ranges are stored as runs of equal sizes: uniform ones take no room, however many they are."""
-        sizes = np.diff(np.array(self.first_ids, np.int64)).tolist()
-        return {
-            "format_version": FORMAT_VERSION,
-            "kind": self.kind,
-            "inputs": self.inputs,
-            "recipe": self.recipe,
-            "header": self.header,
-            "first_view": self.first_view,
-            "views": self.views,
-            "first_id": self.first_ids[0],
-            "range_ids": _runs(sizes),
-            "range_samples": None if self.samples is None else _runs(self.samples),
-        }
-
-    def to_bytes(self) -> bytes:
-        return canonical_json(self.to_json()) + b"\n"
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Plan:
-        value = json.loads(data)
-        if value["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"plan of format version {value['format_version']}; this program writes {FORMAT_VERSION}"
-            )
-        sizes = _unrolled(value["range_ids"])
-        samples = value["range_samples"]
-        return cls(
-            kind=value["kind"],
-            inputs=value["inputs"],
-            recipe=value["recipe"],
-            header=value["header"],
-            first_view=value["first_view"],
-            views=value["views"],
-            first_ids=tuple(itertools.accumulate(sizes, initial=value["first_id"])),
-            samples=None if samples is None else tuple(_unrolled(samples)),
-        )
-
-
-def _runs(values: Iterable[int]) -> list[list[int]]:
-    """`[[value, repeats], …]`."""
-    return [[value, sum(1 for _ in group)] for value, group in itertools.groupby(values)]
-
-
-def _unrolled(runs: Iterable[Sequence[int]]) -> Iterator[int]:
-    return itertools.chain.from_iterable(itertools.repeat(value, repeats) for value, repeats in runs)
-
-
-def items(plan: Plan) -> Iterator[Item]:
-    """Every work item, view by view and in order of ids, made one at a time."""
-    for view in range(plan.first_view, plan.first_view + plan.views):
-        for number in range(plan.num_ranges):
-            yield _item(plan, view, number)
-
-
-def _item(plan: Plan, view: int, number: int) -> Item:
-    first_id, end_id = plan.first_ids[number : number + 2]
-    samples = end_id - first_id if plan.samples is None else plan.samples[number]
-    return Item(view=view, number=number, first_id=first_id, end_id=end_id, samples=samples)
+# ------------------------------------------------------------------------------------------------ start
 
 
 def start(root: str, plan: Plan, *, beside: Sequence[str] = ()) -> Plan:
@@ -204,6 +69,8 @@ def start(root: str, plan: Plan, *, beside: Sequence[str] = ()) -> Plan:
     text = plan.to_bytes()
     held = _read_or_none(url)
     if held is None:
+        if storage.exists(root):
+            raise InputError(f"{root} is a file; choose a folder for the output")
         stranger = _first_stranger(root, beside)
         # another driver may have started between the two looks
         held = _read_or_none(url)
@@ -215,7 +82,7 @@ def start(root: str, plan: Plan, *, beside: Sequence[str] = ()) -> Plan:
         if storage.create(url, text):
             if storage.create(url, text):
                 warnings.warn(
-                    f"the store of {root} cannot refuse an overwrite: see to it that only one driver writes there",
+                    f"the store of {root} cannot refuse an overwrite: let only one driver write there",
                     stacklevel=2,
                 )
             return plan
@@ -241,7 +108,7 @@ def _same_plan(root: str, held: bytes, plan: Plan) -> Plan:
     ranges = ("first_id", "range_ids", "range_samples")
     differing = differences(_without(there, ranges), _without(asked, ranges))
     if any(there[key] != asked[key] for key in ranges):
-        differing.append(f"id ranges: there {_ranges_in_words(there_plan)}, asked {_ranges_in_words(plan)}")
+        differing.append(f"id ranges: there {there_plan.ranges_in_words()}, asked {plan.ranges_in_words()}")
     if differing:
         shown = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
         raise InputError(
@@ -253,13 +120,6 @@ def _same_plan(root: str, held: bytes, plan: Plan) -> Plan:
 
 def _without(value: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return {key: entry for key, entry in value.items() if key not in keys}
-
-
-def _ranges_in_words(plan: Plan) -> str:
-    total = plan.first_ids[-1] - plan.first_ids[0] if plan.samples is None else sum(plan.samples)
-    largest = int(np.diff(np.array(plan.first_ids, np.int64)).max())
-    first_id, end_id = plan.first_ids[0], plan.first_ids[-1]
-    return f"{total} samples in {plan.num_ranges} ranges of at most {largest} ids, {first_id} to {end_id}"
 
 
 # ------------------------------------------------------------------------------------------------ receipts

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.artifacts import fingerprint, sha256_hex
 from pipeline.errors import InputError
-from shards.index import FORMAT_VERSION, IndexFormatError, read_index
+from shards.index import FORMAT_VERSION, IndexFormatError, as_numpy, read_index
 
 Kind = Literal["images", "tokens"]
 Decode = Callable[[bytes], np.ndarray]
@@ -126,9 +126,9 @@ def check_foreign_tar(shard: ShardInfo) -> None:
         )
     if (found.bytes, found.version) != (shard.tar_bytes, shard.tar_version):
         raise InputError(
-            f"{shard.tar}, indexed in place as shard {shard.name}, has changed: it was {shard.tar_bytes} bytes, "
-            f"version {shard.tar_version}, and is {found.bytes}, {found.version}; bring the old one back or "
-            "prepare again"
+            f"{shard.tar}, indexed in place as shard {shard.name}, has changed: it was "
+            f"{shard.tar_bytes} bytes, version {shard.tar_version}, and is {found.bytes}, {found.version}; "
+            "bring the old one back or prepare again"
         )
 
 
@@ -358,13 +358,14 @@ class Dataset:
         with self._lock:
             sizes = self._sizes
             if sizes is None:
-                sizes = self._column("samples").to_numpy().astype(np.int64)
+                chunks = self._column("samples").chunks
+                sizes = np.concatenate([as_numpy(chunk) for chunk in chunks]).astype(np.int64)
                 sizes.setflags(write=False)
                 self._sizes = sizes
         return sizes[start : start + self.num_shards]
 
     def id_ranges(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """`first_ids` and `samples` of view 0, for the plan of a dataset made from this one range by range."""
+        """`first_ids` and `samples` of view 0: what the plan of a dataset made from this one needs."""
         with self._lock:
             first_ids = self._column("first_id").slice(0, self.num_shards).to_pylist()
             end_id = self._column("end_id")[self.num_shards - 1].as_py()

@@ -6,6 +6,7 @@ and rendered again anywhere. Its coordinates are those of `shards.decode.decode_
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import cast
@@ -63,8 +64,8 @@ class View:
 class ViewPolicy:
     """How the views of every image are drawn."""
 
-    image_size: int = 224
-    """Side of a view in pixels."""
+    image_size: int | None = None
+    """Side of a view in pixels; null is the tokenizer's, which owns it."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest share of the image's area that a crop covers (0.2 for MIM, 0.08 for VQ-KD)."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -85,7 +86,8 @@ class ViewPolicy:
     """Draws other views when changed."""
 
     def __post_init__(self) -> None:
-        _require(1 <= self.image_size <= 16384, "image_size", self.image_size, "give 1 to 16384 pixels")
+        sized = self.image_size is None or 1 <= self.image_size <= 16384
+        _require(sized, "image_size", self.image_size, "give 1 to 16384 pixels")
         low, high = self.scale
         _require(
             0 < low <= high <= 1, "scale", self.scale, "give shares of the area, 0 < smallest <= largest <= 1"
@@ -104,6 +106,22 @@ class ViewPolicy:
         _require(0 <= self.views_per_image <= 100, "views_per_image", self.views_per_image, "give 0 to 100")
         _require(1 <= self.jpeg_quality <= 100, "jpeg_quality", self.jpeg_quality, "give 1 to 100")
         _require(0 <= self.seed < 1 << 63, "seed", self.seed, "give 0 to 2^63 - 1")
+
+    @property
+    def side(self) -> int:
+        """Side of a view in pixels, once it is known."""
+        if self.image_size is None:
+            raise ValueError("this policy has no image size yet: resolve() it with the tokenizer's")
+        return self.image_size
+
+    def resolve(self, image_size: int) -> ViewPolicy:
+        """The same policy at the size of the tokenizer; InputError when it was given another."""
+        if self.image_size not in (None, image_size):
+            raise InputError(
+                f"views.image_size is {self.image_size}, but the tokenizer reads images of {image_size} pixels; "
+                "leave views.image_size out, or use another tokenizer"
+            )
+        return dataclasses.replace(self, image_size=image_size)
 
 
 def view_at(policy: ViewPolicy, sample_id: int, index: int, *, height: int, width: int) -> View:
@@ -124,7 +142,7 @@ def view_at(policy: ViewPolicy, sample_id: int, index: int, *, height: int, widt
         crop=_random_crop(policy, words[8:], height, width),
         hflip=_unit(words[0]) < policy.hflip_prob,
         jitter=_random_jitter(policy.color_jitter, words[1:7]) if policy.color_jitter > 0 else None,
-        image_size=policy.image_size,
+        image_size=policy.side,
     )
 
 
@@ -136,7 +154,7 @@ def center_view(policy: ViewPolicy, *, height: int, width: int) -> View:
     """
     side = max(1, round(CENTER_FRACTION * min(height, width)))
     crop = CropBox(top=(height - side) // 2, left=(width - side) // 2, height=side, width=side)
-    return View(index=0, crop=crop, hflip=False, jitter=None, image_size=policy.image_size)
+    return View(index=0, crop=crop, hflip=False, jitter=None, image_size=policy.side)
 
 
 def render(image: np.ndarray, view: View, interpolation: str) -> np.ndarray:

@@ -1,11 +1,10 @@
-"""What many tests stand on: a Ray head with its job server, an S3 server, pictures, data beside the project."""
+"""What many tests stand on: a Ray head with its job server, an S3 server, small pictures, shared data."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -79,23 +78,11 @@ def s3_server() -> Iterator[S3Server]:
     """One moto server per test session, in a process of its own."""
     port = _free_port()
     endpoint = f"http://127.0.0.1:{port}"
-    log = tempfile.TemporaryFile()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log
-    )
-    variables = {**S3_CREDENTIALS, "AWS_ENDPOINT_URL": endpoint}
-    before = {key: os.environ.get(key) for key in variables}
-    try:
-        _wait_for(endpoint, server, log)
-        os.environ.update(variables)
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with _server(command, endpoint, dict(os.environ)), pytest.MonkeyPatch.context() as patch:
+        for key, value in {**S3_CREDENTIALS, "AWS_ENDPOINT_URL": endpoint}.items():
+            patch.setenv(key, value)
         yield S3Server(endpoint=endpoint)
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
-        _end(server)
 
 
 @pytest.fixture
@@ -112,36 +99,23 @@ def ray_head(s3_server: S3Server) -> Iterator[RayHead]:
     Workers inherit the environment of `ray start`: there, the interpreter of the tests comes first on PATH
     and the S3 server is known. SIGTERM to the one process ends the whole cluster.
     """
-    gcs, dashboard, agent, client, workers = (_free_port() for _ in range(5))
-    folder = tempfile.mkdtemp(
-        prefix="ray-", dir="/tmp"
-    )  # short: sockets below it have 107 bytes for their path
-    log = tempfile.TemporaryFile()
+    gcs, dashboard, agent, client = (_free_port() for _ in range(4))
     binaries = str(Path(sys.executable).parent)
-    environment = {
-        **os.environ,
-        "PATH": f"{binaries}:{os.environ.get('PATH', '')}",
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    }
+    environment = {**os.environ, "PATH": f"{binaries}:{os.environ.get('PATH', '')}"}
     for key in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         environment.pop(key, None)
-    head = subprocess.Popen(
-        [
+    # A short folder: sockets below it have 107 bytes for their whole path.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command = [
             f"{binaries}/ray", "start", "--head", "--block", "--disable-usage-stats",
             f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
             f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
-            f"--min-worker-port={workers}", f"--max-worker-port={workers + 199}",
+            "--min-worker-port=0", "--max-worker-port=0",  # any free one: other clusters share the default
             f"--temp-dir={folder}", "--num-cpus=4", f"--object-store-memory={256 << 20}",
-        ],
-        env=environment, stdout=log, stderr=log, cwd=folder,
-    )  # fmt: skip
-    try:
+        ]  # fmt: skip
         job_server = f"http://127.0.0.1:{dashboard}"
-        _wait_for(f"{job_server}/api/version", head, log)
-        yield RayHead(address=f"127.0.0.1:{gcs}", job_server=job_server)
-    finally:
-        _end(head)
-        shutil.rmtree(folder, ignore_errors=True)
+        with _server(command, f"{job_server}/api/version", environment, cwd=folder):
+            yield RayHead(address=f"127.0.0.1:{gcs}", job_server=job_server)
 
 
 @pytest.fixture
@@ -178,24 +152,36 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _wait_for(url: str, process: subprocess.Popen[bytes], log: tempfile._TemporaryFileWrapper[bytes]) -> None:
-    """Until `url` answers; an error with the end of the log when the process ends first or minutes pass."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+@contextlib.contextmanager
+def _server(
+    command: list[str], url: str, environment: dict[str, str], cwd: str | None = None
+) -> Iterator[None]:
+    """A process that answers at `url`; ended by SIGTERM."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, env=environment, cwd=cwd, stdout=log, stderr=log)
         try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except urllib.error.HTTPError:
-            return
-        except OSError:
-            time.sleep(0.2)
-    log.seek(0)
-    raise RuntimeError(f"{url} does not answer:\n{log.read().decode(errors='replace')[-4000:]}")
+            deadline = time.monotonic() + 120
+            while not _answers(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise RuntimeError(
+                        f"{url} does not answer:\n{log.read().decode(errors='replace')[-4000:]}"
+                    )
+                time.sleep(0.2)
+            yield
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(30)
-        return
-    process.kill()
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # such as 401: somebody is there
+    except OSError:
+        return False
+    return True

@@ -1,7 +1,7 @@
 """Histograms of oriented gradients (HOG), one descriptor per patch: a teacher without weights.
 
-Hand-crafted, not semantic: it is what MaskFeat regresses (arXiv 2112.09133, §3.2), and codes learned from it
-group edges and textures. It lets the pipeline run anywhere; for BEiT v2's results take a CLIP or DINO teacher.
+Hand-crafted, not semantic: it is what MaskFeat regresses (arXiv 2112.09133), and codes learned from it group
+edges and textures. It lets the pipeline run anywhere; for BEiT v2's results take a CLIP or DINO teacher.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Hog(nn.Module):
 def cell_histograms(images: Tensor, cell: int) -> Tensor:
     """images [B, C, S, S] in [0, 1] -> unit histograms [B, 9, C, S / cell, S / cell] of gradient orientation.
 
-    Gradients are central differences, with the image's edge repeated outwards. A pixel gives its magnitude to the two
-    nearest orientations, in proportion. One grey level of gradient, spread evenly, is added to every cell:
-    a flat cell is then the constant vector 1/3 instead of zero, whose cosine with anything is undefined,
-    and faint noise does not look like a strong edge.
+    Gradients are central differences, with the image's edge repeated outwards. A pixel gives its magnitude
+    to the two nearest orientations, in proportion. One grey level of gradient, spread evenly, is added to
+    every cell: a flat cell is then the constant vector 1/3 instead of zero, whose cosine with anything is
+    undefined, and faint noise does not look like a strong edge.
     """
     with torch.autocast(images.device.type, enabled=False):
         x = F.pad(images.float(), (1, 1, 1, 1), mode="replicate")

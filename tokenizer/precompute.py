@@ -6,6 +6,7 @@ because it is the stored JPEG that is decoded and encoded (FORMAT.md, guarantee 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 import time
@@ -20,19 +21,19 @@ import numpy as np
 import torch
 
 from pipeline import storage
-from pipeline.cluster import ClusterConfig, map_items
+from pipeline.cluster import ClusterConfig, device_type, map_items
 from pipeline.config import to_dict
 from pipeline.errors import InputError
 from pipeline.metrics import Progress
-from pipeline.optim import Precision, resolve_precision
+from pipeline.optim import Precision
 from shards.build import build_shard
-from shards.commit import Item, Plan, commit, finish, items, receipt, start
+from shards.commit import Item, Plan, commit, finish, pending, receipt, start
 from shards.decode import DECODE_VERSION, DecodeConfig, Rejected, decode_image
+from shards.images import ImageSample, read_images, sample_ids
 from shards.manifest import Dataset, Manifest, open_dataset
-from shards.samples import ImageSample, RejectedSample, StoredSample
-from shards.reader import read_images
+from shards.samples import RejectedSample, StoredSample
 from shards.views import ViewPolicy, decode_crop, encode_crop, render, view_at
-from tokenizer.artifact import VisualTokenizer
+from tokenizer.artifact import VisualTokenizer, describe, read_tokenizer
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ class PrecomputeConfig:
     output: str
     """Where the token shards go: a folder or any fsspec URL."""
     views: ViewPolicy = ViewPolicy()
-    """Which crops; image_size 0 takes the tokenizer's. views_per_image is the number stored of each image."""
+    """Which crops; views_per_image is the number that is stored of each image."""
     decode: DecodeConfig = DecodeConfig()
     """How source images become pixels; the same as in prepare_images."""
     batch_size: int = 64
@@ -87,30 +88,24 @@ def precompute_shards(config: PrecomputeConfig) -> Manifest:
     """Write all missing shards, then the manifest. Returns the manifest of the finished dataset."""
     root = storage.absolute(config.output)
     images = open_dataset(config.images, "images")
-    tokenizer = VisualTokenizer.load(config.tokenizer)
-    plan = start(root, _plan(config, images, tokenizer))
-    todo = [item for item in items(plan) if receipt(root, plan, item) is None]
-    _announce(config, plan, images, todo)
+    plan = start(root, _plan(config, images))
+    todo = list(pending(root, plan))
+    _announce(plan, images, todo)
 
-    total = sum(images.num_samples(0) for _ in range(plan.views))
-    progress = Progress("precompute", total, "images")
-    if len(todo) < sum(1 for _ in items(plan)):
-        print(f"{sum(1 for _ in items(plan)) - len(todo)} shards are committed already and are kept", flush=True)
-    rejected = busy_s = wait_s = 0.0
-    shards_done = 0
-    for report in map_items(todo, functools.partial(ShardWriter, config), config.cluster):
-        shards_done += 1
-        rejected += report.rejected
+    progress = Progress("precompute", sum(item.samples for item in todo), "images")
+    shards, rejected, busy_s, wait_s = 0, 0, 0.0, 0.0
+    for report in map_items(todo, functools.partial(ShardWriter, config, plan), config.cluster):
+        shards, rejected = shards + 1, rejected + report.rejected
         busy_s, wait_s = busy_s + report.seconds, wait_s + report.wait_s
         progress.update(
             report.written + report.rejected,
-            shards=f"{shards_done}/{len(todo)}",
-            rejected=int(rejected),
+            shards=f"{shards}/{len(todo)}",
+            rejected=rejected,
             encoder_waited=f"{100 * wait_s / max(busy_s, 1e-9):.0f} %",
         )
     if todo:
-        progress.close(shards=f"{shards_done}/{len(todo)}", rejected=int(rejected))
-    return finish(root, plan)
+        progress.close(shards=f"{shards}/{len(todo)}", rejected=rejected)
+    return finish(root, plan, decode_crop)
 
 
 class ShardWriter:
@@ -120,16 +115,23 @@ class ShardWriter:
     itself runs one batch at a time.
     """
 
-    def __init__(self, config: PrecomputeConfig) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if device.type == "cpu":
-            torch.set_num_threads(config.encoder_threads)
+    def __init__(self, config: PrecomputeConfig, plan: Plan) -> None:
+        encode = plan.recipe["encode"]
+        if encode["device"] == "cuda" and not torch.cuda.is_available():
+            raise InputError("the plan says cuda, but this worker sees no GPU; give cluster.use_gpu true, or false for CPU")
+        if encode["device"] == "cpu":
+            torch.set_num_threads(encode["threads"])
         self._config = config
+        self._plan = plan
         self._root = storage.absolute(config.output)
         self._images = open_dataset(config.images, "images")
-        self._tokenizer = VisualTokenizer.load(config.tokenizer, device=device, precision=config.precision)
-        self._plan = start(self._root, _plan(config, self._images, self._tokenizer))
-        self._policy = _policy(config, self._tokenizer)
+        self._tokenizer = VisualTokenizer.load(
+            config.tokenizer,
+            device=encode["device"],
+            precision=encode["precision"],
+            batch_size=encode["batch_size"],
+        )
+        self._policy = config.views.resolve(self._tokenizer.image_size)
         self._encoder = threading.Lock()
         self._threads = ThreadPoolExecutor(max(1, config.decode_threads), thread_name_prefix="crop")
 
@@ -160,8 +162,8 @@ class ShardWriter:
                 batch = []
             if crop is None:
                 break
-        spec = self._tokenizer.spec
-        built = build_shard(samples, rejects, grid=tuple(spec["grid"]), codebook_size=spec["codebook_size"])
+        grid, codebook_size = (self._tokenizer.grid, self._tokenizer.grid), self._tokenizer.codebook_size
+        built = build_shard(samples, rejects, grid=grid, codebook_size=codebook_size)
         commit(self._root, self._plan, item, built)
         return ItemReport(
             written=len(samples), rejected=len(rejects), seconds=time.monotonic() - began, wait_s=wait_s
@@ -194,75 +196,77 @@ class ShardWriter:
         return sample, decode_crop(jpeg)
 
     def _tokenize(self, batch: list[tuple[StoredSample, np.ndarray]]) -> list[StoredSample]:
-        size = self._policy.image_size
-        pixels = np.zeros((self._config.batch_size, size, size, 3), np.uint8)
-        for row, (_, crop) in enumerate(batch):
-            pixels[row] = crop
+        pixels = torch.from_numpy(np.stack([crop for _, crop in batch]))
         with self._encoder:
-            codes = self._tokenizer.encode(torch.from_numpy(pixels)).cpu().numpy()
-        grids = codes.astype(np.uint16).reshape(len(codes), *self._tokenizer.spec["grid"])
-        return [sample.with_codes(grid) for (sample, _), grid in zip(batch, grids, strict=False)]
+            codes = self._tokenizer.encode(pixels).cpu().numpy()
+        grids = codes.astype(np.uint16).reshape(len(batch), self._tokenizer.grid, self._tokenizer.grid)
+        return [dataclasses.replace(sample, codes=grid) for (sample, _), grid in zip(batch, grids, strict=True)]
 
 
-def _plan(config: PrecomputeConfig, images: Dataset, tokenizer: VisualTokenizer) -> Plan:
+def _plan(config: PrecomputeConfig, images: Dataset) -> Plan:
     """Everything that decides the bytes of the output, and the id range of each shard."""
-    policy = _policy(config, tokenizer)
+    device = device_type(config.cluster)
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    artifact = read_tokenizer(config.tokenizer)
+    policy = config.views.resolve(artifact.config.image_size)
     if policy.views_per_image < 1:
         raise InputError(f"views.views_per_image is {policy.views_per_image}; store 1 view or more")
-    per_crop = policy.image_size**2 * CROP_BYTES_PER_PIXEL
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     recipe = {
         "views": to_dict(policy),
         "decode": {**to_dict(config.decode), "version": DECODE_VERSION},
         "encode": {
             "device": device,
-            "dtype": str(resolve_precision(config.precision, torch.device(device))).removeprefix("torch."),
+            "precision": precision,
             "batch_size": config.batch_size,
             "threads": config.encoder_threads,
         },
         "libraries": {name: metadata.version(name) for name in ("numpy", "pillow", "simplejpeg", "torch")},
     }
+    tokenizer = describe(artifact, precision)
+    most = int(100e6 / (policy.side**2 * CROP_BYTES_PER_PIXEL))
+    first_ids, samples = _ranges(images, max(1, min(config.samples_per_shard, most)))
     return Plan(
         kind="tokens",
-        inputs={"images": images.fingerprint, "tokenizer": tokenizer.fingerprint},
+        inputs={"images": images.fingerprint, "tokenizer": tokenizer["fingerprint"]},
         recipe=recipe,
-        first_ids=_first_ids(images, max(1, min(config.samples_per_shard, int(100e6 / per_crop)))),
+        first_ids=first_ids,
+        samples=samples,
         views=policy.views_per_image,
-        header={"class_names": images.manifest.class_names, "tokenizer": tokenizer.spec},
+        header={"class_names": images.manifest.class_names, "tokenizer": tokenizer},
     )
 
 
-def _policy(config: PrecomputeConfig, tokenizer: VisualTokenizer) -> ViewPolicy:
-    size = tokenizer.spec["image_size"]
-    if config.views.image_size != size:
-        raise InputError(
-            f"views.image_size is {config.views.image_size}, but the tokenizer at {config.tokenizer} reads images of "
-            f"{size}; set --views.image_size {size}"
-        )
-    return config.views
+def _ranges(images: Dataset, samples_per_shard: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Id ranges of at most `samples_per_shard` samples, and how many each holds.
+
+    Small image shards are taken together, so that objects stay large; a shard with more samples is cut.
+    """
+    edges, sizes = images.id_ranges()
+    first_ids: list[int] = []
+    samples: list[int] = []
+    for number, (first_id, size) in enumerate(zip(edges[:-1], sizes, strict=True)):
+        if size > samples_per_shard:
+            ids = sample_ids(images.shard(0, number))
+            cuts = range(0, size, -(-size // -(-size // samples_per_shard)))
+            first_ids += [first_id, *(int(ids[cut]) for cut in cuts[1:])]
+            samples += [min(cuts.step, size - cut) for cut in cuts]
+        elif samples and samples[-1] + size <= samples_per_shard:
+            samples[-1] += size
+        else:
+            first_ids.append(first_id)
+            samples.append(size)
+    return (*first_ids, edges[-1]), tuple(samples)
 
 
-def _first_ids(images: Dataset, samples_per_shard: int) -> tuple[int, ...]:
-    """Id ranges of about `samples_per_shard`: cuts of large image shards, or several small ones together."""
-    edges = images.first_ids()
-    pieces: list[int] = []
-    for first, end in zip(edges[:-1], edges[1:], strict=True):
-        parts = -(-(end - first) // samples_per_shard)
-        pieces += [first + (end - first) * part // parts for part in range(parts)]
-    pieces.append(int(edges[-1]))
-    first_ids = [pieces[0]]
-    for here, after in zip(pieces[1:-1], pieces[2:], strict=True):
-        if after - first_ids[-1] > samples_per_shard:
-            first_ids.append(here)
-    return (*first_ids, pieces[-1])
-
-
-def _announce(config: PrecomputeConfig, plan: Plan, images: Dataset, todo: list[Item]) -> None:
+def _announce(plan: Plan, images: Dataset, todo: list[Item]) -> None:
     crops = images.num_samples(0) * plan.views
-    size = crops * config.views.image_size**2 * CROP_BYTES_PER_PIXEL / 1e9
+    size = crops * plan.recipe["views"]["image_size"] ** 2 * CROP_BYTES_PER_PIXEL / 1e9
+    held = plan.num_items - len(todo)
     print(
-        f"{images.num_samples(0):,} images x {plan.views} views = {crops:,} crops, about {size:.2f} GB, "
-        f"{len(todo)} shards to write; a run of E epochs sees each crop E/{plan.views} times",
+        f"{images.num_samples(0):,} images x {plan.views} views = {crops:,} crops, about {size:.2f} GB, in "
+        f"{plan.num_items} shards ({held} committed already); a run of E epochs sees each crop E/{plan.views} times",
         flush=True,
     )
 

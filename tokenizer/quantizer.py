@@ -1,4 +1,4 @@
-"""The codebook of VQ-KD: nearest code by cosine, straight-through gradient, moving-average update (§2.2, Eq. 1-2).
+"""The codebook of VQ-KD: nearest code by cosine, straight-through gradient, moving average (§2.2, Eq. 1-2).
 
 `forward` is a pure function of its input and the codebook. What changes the codebook (k-means start, update,
 restart of dead codes) are methods that the training loop calls, once per optimizer step and on all ranks.
@@ -7,7 +7,7 @@ restart of dead codes) are methods that the training loop calls, once per optimi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +82,18 @@ class CodeStatistics:
         return CodeStatistics(counts=self.counts + other.counts, sums=self.sums + other.sums)
 
 
+def sum_statistics(parts: Iterable[CodeStatistics | None]) -> CodeStatistics:
+    """The statistics of several forward passes as one; ValueError if one was in evaluation mode, or none."""
+    total: CodeStatistics | None = None
+    for part in parts:
+        if part is None:
+            raise ValueError("no statistics: the forward pass ran in evaluation mode")
+        total = part if total is None else total + part
+    if total is None:
+        raise ValueError("no statistics: there was no forward pass")
+    return total
+
+
 def code_statistics(tokens: Tensor, codes: Tensor, codebook_size: int) -> CodeStatistics:
     """Counts and sums of normalised tokens [M, D] by their codes [M]; no M x K one-hot table is built."""
     counts = torch.bincount(codes, minlength=codebook_size).float()
@@ -120,7 +132,7 @@ class CodeUsage:
     def perplexity(self) -> float:
         """exp of the entropy of the code frequencies: K when all are equally frequent, 1 after a collapse.
 
-        The reference logs usage only, which a code hit once in an epoch satisfies. 0.0 when nothing was added.
+        The reference logs usage only, which one hit in an epoch satisfies. 0.0 when nothing was added.
         """
         counts = self.counts.double()
         if counts.sum() == 0:
@@ -178,7 +190,7 @@ class QuantizerOutput:
 
 
 class Codebook(nn.Module):
-    """Unit-norm codes [K, D] and whether they mean anything yet; buffers, because no gradient reaches them."""
+    """Unit-norm codes [K, D] and whether they mean anything yet; buffers: no gradient reaches them."""
 
     weight: Tensor
     initted: Tensor

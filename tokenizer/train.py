@@ -36,7 +36,7 @@ from shards.decode import DecodeConfig
 from shards.manifest import Dataset, open_dataset
 from shards.reader import ShardReader
 from shards.views import ViewPolicy
-from tokenizer.artifact import save_tokenizer
+from tokenizer.artifact import TokenizerMetrics, save_tokenizer
 from tokenizer.quantizer import CodeUsage
 from tokenizer.teacher import Teacher, TeacherConfig, build_teacher
 from tokenizer.vqkd import VQKD, VQKDConfig, VQKDOutput, normalize_pixels
@@ -90,11 +90,7 @@ class TokenizerTrainConfig:
     def __post_init__(self) -> None:
         if min(self.epochs, self.batch_size, self.log_every_steps) < 1:
             raise InputError("epochs, batch_size and log_every_steps must be at least 1")
-        if self.views.image_size != self.model.image_size:
-            raise InputError(
-                f"views.image_size {self.views.image_size} and model.image_size {self.model.image_size} differ; "
-                "set both to the same"
-            )
+        self.views.resolve(self.model.image_size)
 
 
 PLACES = (
@@ -268,15 +264,18 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
         save_tokenizer(
             output,
             model,
-            teacher=teacher,
-            metrics={
-                "reconstruction_loss": metrics[f"{kind}_rec_loss"],
-                "codebook_usage": metrics[f"{kind}_codebook_usage"],
-                "perplexity": metrics[f"{kind}_perplexity"],
+            teacher=teacher.spec,
+            metrics=TokenizerMetrics(
+                reconstruction_loss=metrics[f"{kind}_rec_loss"],
+                codebook_usage=metrics[f"{kind}_codebook_usage"],
+                perplexity=metrics[f"{kind}_perplexity"],
+            ),
+            provenance={
+                "config": identity(config, PLACES),
+                "inputs": {"images": images.fingerprint, "teacher": teacher.fingerprint},
                 "steps": step,
                 "seconds": progress.elapsed_s,
             },
-            inputs={"images": images.fingerprint, "teacher": teacher.fingerprint},
         )
         progress.close()
         log.close()
@@ -321,7 +320,7 @@ def _reader(
         seed=config.seed,
         rank=worker.rank,
         world_size=worker.world_size,
-        views=config.views,
+        views=config.views.resolve(config.model.image_size),
         decode=config.decode,
         center_crop=validation,
         shuffle=not validation,

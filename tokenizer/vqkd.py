@@ -1,4 +1,4 @@
-"""Vector-quantised knowledge distillation (VQ-KD), the visual tokenizer of §2.2: encode, quantise, predict a teacher.
+"""Vector-quantised knowledge distillation (VQ-KD, §2.2): encode, quantise, predict a teacher's features.
 
 Parameter names are those of the published `vqkd_encoder_*` checkpoints.
 """
@@ -61,7 +61,7 @@ class VQKDConfig:
     heads: int | None = None
     """Encoder attention heads, instead of the preset's; must divide the width."""
     decoder_depth: int = 3
-    """Decoder blocks: the paper has 1 and 3, Table 4 also 6. Deeper: better reconstruction, fewer codes used."""
+    """Decoder blocks: 1, 3 or 6 (Table 4). Deeper: better reconstruction, fewer codes used."""
     decoder_width: int | None = None
     """Decoder width; null: the encoder's."""
     decoder_heads: int | None = None
@@ -73,7 +73,7 @@ class VQKDConfig:
     ema_decay: float = 0.99
     """How much of itself a code keeps in one step; the rest moves to the tokens that chose it."""
     beta: float = 1.0
-    """Weight of the commitment loss. As in the reference it is a mean over code_dim, so 1 / 32 of Eq. 2's at 32."""
+    """Weight of the commitment loss: a mean over code_dim as in the reference, so 1 / code_dim of Eq. 2's."""
     kmeans_init: bool = True
     """Start the codebook by k-means over the first tokens, else from random directions."""
     restart_dead_codes: bool = False
@@ -82,9 +82,9 @@ class VQKDConfig:
     """Steps between restarts, and how long a code may go unchosen; with restart_dead_codes only."""
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
+        if self.patch_size < 1 or self.image_size < 1 or self.image_size % self.patch_size:
             raise InputError(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; change one of them"
+                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}; change either"
             )
         for what, size in (("encoder", self.encoder_size), ("decoder", self.decoder_size)):
             if min(size.width, size.depth, size.heads) < 1 or size.width % size.heads:
@@ -93,7 +93,9 @@ class VQKDConfig:
                     "all must be positive and the heads must divide the width"
                 )
         if not 2 <= self.codebook_size <= 65536:
-            raise InputError(f"codebook_size {self.codebook_size} must be 2 to 65536: codes are stored as uint16")
+            raise InputError(
+                f"codebook_size {self.codebook_size} is not 2 to 65536: codes are stored as uint16"
+            )
         if self.code_dim < 1 or not 0.0 <= self.ema_decay < 1.0 or self.beta < 0.0 or self.restart_every < 1:
             raise InputError(
                 f"code_dim {self.code_dim} and restart_every {self.restart_every} must be at least 1, "
@@ -159,13 +161,13 @@ def channels_first(pixels: Tensor, image_size: int) -> Tensor:
 def normalize_pixels(pixels: Tensor) -> Tensor:
     """uint8 [B, 3, S, S] or [B, S, S, 3] -> float32 [B, 3, S, S] in [-1, 1], on the same device.
 
-    DEVIATION: the reference guesses the range from each batch's maximum (a batch of zeros and ones is misread).
+    DEVIATION: the reference guesses the range from each batch's maximum, and misreads one of zeros and ones.
     """
     return channels_first(pixels, pixels.shape[2]).float() / 127.5 - 1.0
 
 
 def teacher_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean over [B, N] of 1 - cos(predicted, target), both [B, N, T] (Eq. 2, as a mean and with its sign turned)."""
+    """Mean over [B, N] of 1 - cos(predicted, target), both [B, N, T]: Eq. 2 as a mean, its sign turned."""
     return 1.0 - F.cosine_similarity(predicted.float(), target.float(), dim=-1).mean()
 
 

@@ -1,30 +1,26 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.errors import InputError
-from pretrain.masking import MaskConfig, block_mask, block_masks, draw_block_masks
+from pretrain.masking import BlockMasks, MaskConfig, block_mask, block_masks, draw_block_masks
 
 NUM_DRAWN = 10_000
 
 
 @pytest.fixture(scope="module")
-def official() -> dict:
-    shared = Path(os.environ.get("BEIT2_SHARED", Path(__file__).resolve().parents[3] / "shared"))
-    path = shared / "reference" / "masking.json"
-    if not path.exists():
-        pytest.skip(f"no reference masks at {path}")
-    return json.loads(path.read_text())
+def official(shared_dir: Path) -> dict[str, Any]:
+    return json.loads((shared_dir / "reference" / "masking.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def drawn():
+def drawn() -> BlockMasks:
     return draw_block_masks(np.arange(NUM_DRAWN), MaskConfig().resolve((14, 14)), seed=5, epoch=2)
 
 
@@ -52,7 +48,9 @@ def test_batched_masks_follow_the_official_distribution(official, drawn):
     for blocks, expected in reference["blocks"]["hist"].items():
         assert histogram[int(blocks)] == pytest.approx(expected, abs=4 * (2 * expected + 2) ** 0.5)
 
-    assert 100 * (drawn.num_single == 0).mean() == pytest.approx(reference["before_fix"]["exact_pct"], abs=2.7)
+    assert 100 * (drawn.num_single == 0).mean() == pytest.approx(
+        reference["before_fix"]["exact_pct"], abs=2.7
+    )
     short = drawn.num_single[drawn.num_single > 0]
     assert short.mean() == pytest.approx(reference["before_fix"]["topup_mean_when_under"], abs=0.09)
 
@@ -60,7 +58,9 @@ def test_batched_masks_follow_the_official_distribution(official, drawn):
     assert np.abs(difference).max() < 0.03
     assert (difference**2).mean() ** 0.5 < 0.01
 
-    perimeter, components = zip(*(_outline(mask) for mask in drawn.mask[:1000].reshape(-1, 14, 14)), strict=True)
+    perimeter, components = zip(
+        *(_outline(mask) for mask in drawn.mask[:1000].reshape(-1, 14, 14)), strict=True
+    )
     assert np.mean(perimeter) == pytest.approx(reference["perimeter_mean"], rel=0.03)
     assert np.mean(components) == pytest.approx(reference["components_mean"], abs=0.15)
 
@@ -81,7 +81,9 @@ def test_a_mask_depends_on_seed_epoch_and_position_alone():
 
     order = np.random.default_rng(0).permutation(300)
     for part in np.array_split(order, 7):
-        np.testing.assert_array_equal(block_masks(part, (14, 14), MaskConfig(), seed=1, epoch=4), everything[part])
+        np.testing.assert_array_equal(
+            block_masks(part, (14, 14), MaskConfig(), seed=1, epoch=4), everything[part]
+        )
     np.testing.assert_array_equal(
         block_masks(positions[41:42], (14, 14), MaskConfig(), seed=1, epoch=4), everything[41:42]
     )

@@ -1,0 +1,164 @@
+"""Parquet files with image bytes in a column: a row per image, and their bytes, a few MB at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.errors import InputError
+from shards.samples import as_text
+from shards.source_table import Source
+from shards.source_tars import ListedFile
+
+DEFAULT_LABEL_COLUMN = "label"
+
+_BATCH_BYTES = 8 << 20
+
+
+def list_parquet(url: str, version: str, image_column: str, label_column: str | None) -> ListedFile:
+    """One row per row of the file; sizes and hashes of the images come from reading them all once.
+
+    Images are a column of bytes or a struct with `bytes` in it (Hugging Face's layout), labels one of numbers
+    or names; Hugging Face's class names are honoured. A missing label column means no labels, unless it was
+    asked for by name. InputError names what is missing.
+    """
+    rows: list[Source] = []
+    labels: list[int | str | None] = []
+    with storage.open_file(url) as file:
+        parquet = _opened(file, url)
+        schema = parquet.schema_arrow
+        path = _image_path(schema, url, image_column)
+        label_name = _label_name(schema, url, label_column)
+        names = _huggingface_names(schema, label_name)
+        columns = [path] if label_name is None else [path, label_name]
+        for batch in _batches(parquet, range(parquet.num_row_groups), columns):
+            for image in _images(batch, image_column):
+                rows.append(
+                    Source(
+                        path=os.fsencode(url),
+                        row=len(rows),
+                        bytes=len(image) if image is not None else 0,
+                        version=version,
+                        image_hash=None if image is None else hashlib.sha256(image).digest(),
+                        reject_reason="empty" if image is None else None,
+                        reject_message="the row has no image bytes" if image is None else None,
+                    )
+                )
+            found = [None] * batch.num_rows if label_name is None else batch.column(label_name).to_pylist()
+            labels += [_label(value, names) for value in found]
+    return ListedFile(rows=rows, labels=labels)
+
+
+def read_images(sources: Sequence[Source], image_column: str) -> Iterator[bytes]:
+    """The images of rows of one file, in ascending order of rows."""
+    wanted = iter(sources)
+    source = next(wanted, None)
+    if source is None:
+        return
+    url = source.url
+    with storage.open_file(url) as file:
+        parquet = _opened(file, url)
+        path = _image_path(parquet.schema_arrow, url, image_column)
+        sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        for group in range(parquet.num_row_groups):
+            position = int(starts[group])
+            if source is None or source.row >= starts[group + 1]:
+                continue
+            for batch in _batches(parquet, [group], [path]):
+                images = None
+                while source is not None and source.row < position + batch.num_rows:
+                    images = _images(batch, image_column) if images is None else images
+                    yield images[source.row - position] or b""
+                    source = next(wanted, None)
+                position += batch.num_rows
+                if source is None or source.row >= starts[group + 1]:
+                    break
+    if source is not None:
+        raise InputError(f"{url} has no row {source.row}; it has changed since it was listed")
+
+
+def _opened(file: BinaryIO, url: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{url} is not a readable Parquet file ({' '.join(str(error).split())[:200]}); remove it") from None
+
+
+def _batches(parquet: pq.ParquetFile, groups: Sequence[int], columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Batches of about 8 MB, judged by the average size of a row."""
+    for group in groups:
+        metadata = parquet.metadata.row_group(group)
+        row_bytes = metadata.total_byte_size / max(1, metadata.num_rows)
+        batch_rows = int(min(4096, max(1, _BATCH_BYTES // max(1.0, row_bytes))))
+        yield from parquet.iter_batches(batch_rows, row_groups=[group], columns=columns, use_threads=False)
+
+
+def _image_path(schema: pa.Schema, url: str, image_column: str) -> str:
+    """What to read for the images: the column, or its `bytes` field."""
+    index = schema.get_field_index(image_column)
+    if index < 0:
+        raise InputError(
+            f"{url} has no column {image_column}; give --image_column, one of {', '.join(map(as_text, schema.names))}"
+        )
+    kind = schema.field(index).type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+        if _is_bytes(kind):
+            return f"{image_column}.bytes"
+    if not _is_bytes(kind):
+        raise InputError(f"column {image_column} of {url} is {kind}; give --image_column, a column of encoded images")
+    return image_column
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+
+
+def _images(batch: pa.RecordBatch, image_column: str) -> list[bytes | None]:
+    column = batch.column(image_column)
+    if pa.types.is_struct(column.type):
+        column = column.field("bytes") if column.null_count == 0 else pa.array(
+            [None if value is None else value["bytes"] for value in column.to_pylist()], pa.large_binary()
+        )
+    return column.to_pylist()
+
+
+def _label_name(schema: pa.Schema, url: str, label_column: str | None) -> str | None:
+    name = DEFAULT_LABEL_COLUMN if label_column is None else label_column
+    index = schema.get_field_index(name)
+    if index < 0:
+        if label_column is None:
+            return None
+        raise InputError(
+            f"{url} has no column {name}; give --label_column, one of {', '.join(map(as_text, schema.names))}"
+        )
+    kind = schema.field(index).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise InputError(f"column {name} of {url} is {kind}; give --label_column, a column of numbers or names")
+    return name
+
+
+def _label(value: int | str | None, names: list[str] | None) -> int | str | None:
+    if names is None or not isinstance(value, int):
+        return value
+    return names[value] if 0 <= value < len(names) else None
+
+
+def _huggingface_names(schema: pa.Schema, label_name: str | None) -> list[str] | None:
+    """Class names that `datasets` keeps in the schema's metadata, in the order of their numbers."""
+    try:
+        info = json.loads((schema.metadata or {})[b"huggingface"])
+        names = info["info"]["features"][label_name]["names"]
+    except (KeyError, ValueError, TypeError):
+        return None
+    return [as_text(str(name)) for name in names] if isinstance(names, list) else None

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.step import NonFiniteLossError, RunningMeans, require_finite
+from pipeline.worker import Worker
+
+
+def test_means_are_weighted_and_reset() -> None:
+    means = RunningMeans(torch.device("cpu"))
+    means.add(3, loss=torch.tensor(1.0), accuracy=torch.tensor(0.5))
+    means.add(1, loss=torch.tensor(5.0), accuracy=torch.tensor(0.1))
+    assert means.take(Worker()) == pytest.approx({"loss": 2.0, "accuracy": 0.4})
+    means.add(2, loss=torch.tensor(7.0))
+    assert means.take(Worker()) == {"loss": 7.0}
+
+
+def test_nan_names_step_and_samples() -> None:
+    require_finite({"loss": 1.0}, 5, ["a"])
+    with pytest.raises(NonFiniteLossError, match=r"loss .*step 5.*k1"):
+        require_finite({"loss": float("nan"), "lr": 1.0}, 5, ["k1", "k2"])
