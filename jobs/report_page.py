@@ -397,7 +397,8 @@ img{display:block;max-width:100%;height:auto;border-radius:3px}
 .code{display:grid;grid-template-columns:96px 1fr;gap:12px;align-items:center;margin:6px 0}
 .code b{display:block}
 .code span{font-size:12.5px;color:var(--muted)}
-.row{display:grid;grid-template-columns:repeat(5,minmax(0,1fr));gap:8px;margin:0 0 8px}
+.row{display:grid;grid-template-columns:repeat(var(--columns),minmax(0,1fr));gap:8px;margin:0 0 8px}
+.tiles{display:flex;flex-wrap:wrap;gap:4px}
 .row img{width:100%}
 .heads{font-size:12.5px;color:var(--muted);margin-bottom:4px}
 .key i{display:inline-block;width:11px;height:11px;border-radius:2px;margin:0 5px 0 12px;

@@ -122,6 +122,8 @@ class Stage:
     uses_cluster: bool = True
     may_decline: bool = False
     """True when it may end well without an artifact, such as a probe without labels."""
+    echoes: bool = True
+    """False keeps its output for the end: the report's is the summary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +168,11 @@ class Places:
     def backbone_header(self) -> str:
         """What pretrain_mim leaves behind."""
         return self.at("backbone", "backbone.json")
+
+    @property
+    def report(self) -> str:
+        """What write_report leaves behind."""
+        return self.at("report.html")
 
 
 def places_of(config: PipelineConfig) -> Places:
@@ -231,9 +238,27 @@ def stages(config: PipelineConfig) -> list[Stage]:
         settings=config.probe_linear,
         may_decline=True,
     )
-    found = [draw, prepare, tokenizer, precompute, pretrain, probe]
     left_out = left_out_stages(config)
-    return [stage for stage in found if stage.name not in left_out]
+    found = [draw, prepare, tokenizer, precompute, pretrain, probe]
+    found = [stage for stage in found if stage.name not in left_out]
+    shown = {
+        "images": prepare,
+        "tokenizer": tokenizer,
+        "shards": precompute,
+        "backbone": pretrain,
+        "probe": probe,
+    }
+    report = Stage(
+        name="write_report",
+        flags={"output": at.report, "pipeline_summary": at.at(RECORD_FILE)}
+        | {flag: stage.flags["output"] for flag, stage in shown.items() if stage in found},
+        reads=tuple(url for stage in found for url in stage.writes),
+        writes=(at.report,),
+        settings=config.write_report,
+        uses_cluster=False,
+        echoes=False,
+    )
+    return [*found, report]
 
 
 def left_out_stages(config: PipelineConfig) -> dict[str, str]:
@@ -281,6 +306,8 @@ class StageRecord:
     artifact: str | None
     """Fingerprint of the headers it wrote; null when it failed or declined."""
     finished: bool
+    declined: str | None
+    """Why it ended well without an artifact: the last line it printed."""
     seconds: float
     """Wall time of all its attempts with these settings and inputs."""
     steps: int | None
@@ -308,7 +335,10 @@ def write_record(output: str, record: Mapping[str, StageRecord], left_out: Mappi
     data = {
         "format": RECORD_FORMAT,
         "stages": {name: asdict(entry) for name, entry in record.items()},
-        "left_out": dict(left_out),
+        "left_out": {
+            **left_out,
+            **{name: entry.declined for name, entry in record.items() if entry.declined},
+        },
     }
     storage.put(storage.join(output, RECORD_FILE), json.dumps(data, indent=2).encode() + b"\n")
 
@@ -353,13 +383,18 @@ def inputs_fingerprint(stage: Stage, images: str) -> str:
 # ------------------------------------------------------------------------------------------------ running
 
 
+def log_url(output: str, name: str) -> str:
+    """Where a stage's output of its last attempt is kept."""
+    return storage.join(output, "logs", f"{name}.log")
+
+
 class StageLog:
     """The output of a stage: printed behind its name, kept in `<output>/logs/`, its end at hand."""
 
-    def __init__(self, output: str, name: str) -> None:
-        self.url = storage.join(output, "logs", f"{name}.log")
+    def __init__(self, url: str, name: str, *, echo: bool = True) -> None:
+        self.url = url
         self.tail: deque[str] = deque(maxlen=LOG_TAIL_LINES)
-        self._name = name
+        self._name, self._echo = name, echo
         self._path = self.url
         if storage.is_local(self.url):
             os.makedirs(os.path.dirname(self.url), exist_ok=True)
@@ -371,7 +406,8 @@ class StageLog:
     def line(self, text: str) -> None:
         """Take one line of output."""
         self.tail.append(text)
-        print(f"[{self._name}] {text}", flush=True)
+        if self._echo:
+            print(f"[{self._name}] {text}", flush=True)
         self._file.write(f"{text}\n")
         self._file.flush()
 
@@ -434,7 +470,7 @@ def run_stages(config: PipelineConfig, run_stage: RunStage) -> None:
             continue
 
         print(f"{stage.name}: python -m jobs.{stage.name} {' '.join(argv)}", flush=True)
-        log = StageLog(at.root, stage.name)
+        log = StageLog(log_url(at.root, stage.name), stage.name, echo=stage.echoes)
         start = time.monotonic()
         try:
             status = run_stage(stage, argv, log.line)
@@ -448,6 +484,9 @@ def run_stages(config: PipelineConfig, run_stage: RunStage) -> None:
             inputs=inputs,
             artifact=after,
             finished=finished,
+            declined=(log.tail[-1] if log.tail else "no reason given")
+            if finished and after is None
+            else None,
             seconds=round(seconds, 1),
             steps=_last_step(stage),
         )
@@ -455,6 +494,18 @@ def run_stages(config: PipelineConfig, run_stage: RunStage) -> None:
         if not finished:
             _give_up(stage, status, log)
         print(f"{stage.name}: finished in {metrics.duration(seconds)}", flush=True)
+    print_summary(at.root)
+
+
+def print_summary(output: str) -> None:
+    """Print what the report's job said: the summary table and the page's place.
+
+    It is read back from the log, because making it anew takes the models and ten seconds of imports.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        print(
+            "\n" + storage.read(log_url(output, "write_report")).decode(errors="replace").strip(), flush=True
+        )
 
 
 def _give_up(stage: Stage, status: int, log: StageLog) -> None:

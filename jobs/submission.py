@@ -88,49 +88,48 @@ class JobServer:
                 runtime_env={"working_dir": str(self._package)},
                 metadata={"stage": name},
             )
-            on_line(f"submitted as {job_id}")
+            print(f"{job_id}: submitted", flush=True)
         else:
-            on_line(f"{job_id} is running already, started by an earlier submission; following it")
+            print(f"{job_id}: still running, started by an earlier submission; following it", flush=True)
         try:
-            return self._follow(job_id, on_line)
+            return self._follow(job_id, _without_preamble(job_id, on_line))
         except KeyboardInterrupt:
             print(
-                f"{job_id} goes on; the same command follows it again, `ray job stop {job_id}` ends it",
+                f"{job_id}: goes on; the same command follows it again, `ray job stop {job_id}` ends it",
                 flush=True,
             )
             raise
 
     def _follow(self, job_id: str, on_line: Callable[[str], None]) -> int:
-        """Hand over the job's log until it ends; its exit status."""
-        printed = 0
+        """Hand over what the job prints until it ends; its exit status."""
+        num_lines = 0
 
         async def tail() -> None:
-            nonlocal printed
-            received, rest = 0, ""
-            # A new connection starts at the log's beginning: what was handed over before is passed by.
+            nonlocal num_lines
+            seen, rest = 0, ""
+            # A new connection starts at the log's beginning: lines handed over before are passed by.
             async for chunk in self._client.tail_job_logs(job_id):
-                fresh = chunk[max(0, printed - received) :]
-                received += len(chunk)
-                *lines, rest = (rest + fresh).split("\n")
+                *lines, rest = (rest + chunk).split("\n")
                 for line in lines:
-                    on_line(line)
-                printed = max(printed, received - len(rest))
-            if rest:
+                    seen += 1
+                    if seen > num_lines:
+                        num_lines = seen
+                        on_line(line)
+            if rest and seen + 1 > num_lines:
+                num_lines = seen + 1
                 on_line(rest)
-                printed = received
 
         while True:
             try:
                 asyncio.run(tail())
             except (RuntimeError, OSError) as error:
-                print(f"the log of {job_id} broke off ({error}); reading on", flush=True)
+                print(f"{job_id}: its log broke off ({error}); reading on", flush=True)
             info = self._client.get_job_info(job_id)
             if info.status.is_terminal():
                 break
             time.sleep(POLL_S)
-        on_line(
-            f"{job_id} {info.status.value}: {(info.message or '').splitlines()[0] if info.message else ''}"
-        )
+        # The message goes on with the end of the log, which was handed over already.
+        print(f"{job_id}: {info.status.value}: {(info.message or 'no message').splitlines()[0]}", flush=True)
         if info.status == JobStatus.SUCCEEDED:
             return 0
         return info.driver_exit_code or 1
@@ -145,6 +144,21 @@ class JobServer:
                 f"{name}.config: {config} does not travel with a job; name a URL, or a path relative to the "
                 "working directory and below it that neither .gitignore nor .rayignore covers"
             )
+
+
+def _without_preamble(job_id: str, on_line: Callable[[str], None]) -> Callable[[str], None]:
+    """Hands on the job's own lines; Ray's, before its entrypoint starts, are only printed."""
+    started = False
+
+    def line(text: str) -> None:
+        nonlocal started
+        if started:
+            on_line(text)
+        else:
+            print(f"{job_id}: {text}", flush=True)
+            started = text.startswith("Running entrypoint for job ")
+
+    return line
 
 
 def _check_size(working_dir: str, package: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,93 +17,40 @@ import torch
 from PIL import Image, ImageDraw
 
 from jobs import report_page
-from jobs.report_page import Interval, Section, Series, TableRow
-from pipeline import artifacts, metrics, storage
+from jobs.report_findings import (
+    Findings,
+    ReportConfig,
+    find,
+    probe_intervals,
+    probe_verdict,
+    storage_bytes,
+    summary_rows,
+)
+from jobs.report_page import Section, Series
+from pipeline import metrics, storage
 from pipeline.config import run_job
 from pipeline.errors import InputError
-from pretrain.backbone import read_backbone_header
 from pretrain.evals import report as pictures
 from pretrain.mim import load_mim
-from shards.manifest import Dataset, open_dataset
+from shards.manifest import Dataset
 from shards.reader import ShardReader
-from shards.summary import summarize
 from shards.views import ViewPolicy
 from tokenizer.artifact import VisualTokenizer, load_vqkd, read_tokenizer
 
 RIGHT, WRONG = (31, 157, 85), (211, 63, 63)
 """Tints of hidden patches whose code was guessed, and of those whose code was not."""
-PICTURE = 184
-"""Side of the pictures of predictions, in pixels of the page."""
+PICTURE = 224
+"""Side of the pictures of predictions, in pixels."""
 TILE = 72
-"""Side of a patch with its surroundings, in pixels of the page."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """Write a report about a pipeline's results, or about any part of them."""
-
-    output: str
-    """The page, if it ends in .html; else a folder that gets report.html. An older report is replaced."""
-    images: str | None = None
-    """Output of prepare_images: one dataset, or train/ and val/."""
-    tokenizer: str | None = None
-    """Output of train_tokenizer."""
-    shards: str | None = None
-    """Output of precompute_shards."""
-    backbone: str | None = None
-    """Output of pretrain_mim."""
-    probe: str | None = None
-    """Output of probe_linear."""
-    pipeline_summary: str | None = None
-    """pipeline.json of run_pipeline: seconds and steps per stage, and what was left out."""
-    title: str = "BEiT v2 pretraining report"
-    """Heading of the page."""
-    sample_images: int = 400
-    """Stored crops among which patches are grouped by code."""
-    codes_per_group: int = 7
-    """Codes shown as most consistent, and as many as most used."""
-    patches_per_code: int = 12
-    """Patches shown of each code."""
-    predictions: int = 6
-    """Images shown with mask, codes and predictions."""
-    seed: int = 0
-    """Decides which images are shown."""
-
-    def __post_init__(self) -> None:
-        for key in ("sample_images", "codes_per_group", "patches_per_code", "predictions"):
-            if getattr(self, key) < 1:
-                raise InputError(f"--{key} is {getattr(self, key)}; give at least 1")
-
-
-@dataclass(kw_only=True)
-class Findings:
-    """Everything that is there, opened, and one line about each thing that is not."""
-
-    images: dict[str, Dataset] = field(default_factory=dict)
-    """By split: {"": …}, or {"train": …, "val": …}."""
-    tokenizer: dict[str, Any] | None = None
-    """Header of the artifact."""
-    tokens: Dataset | None = None
-    backbone: dict[str, Any] | None = None
-    """Header of the artifact."""
-    probe: dict[str, Any] | None = None
-    """Header of the probe's artifact."""
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By name: {"seconds": …, "steps": …, "finished": …}."""
-    left_out: dict[str, str] = field(default_factory=dict)
-    """Stages the pipeline left out, with its reason."""
-    absent: dict[str, str] = field(default_factory=dict)
-    """Why an input is not in the report, by the input's name."""
-    curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Records of metrics.jsonl by input's name."""
+"""Side of a patch with its surroundings, in pixels."""
 
 
 def write_report(config: ReportConfig) -> str:
-    """Write the page and return its URL. InputError when there is nothing to report on, or the place is taken."""
+    """Write the page and return its URL. InputError when there is nothing to report on, or the URL is taken."""
     url = storage.absolute(config.output)
     if not url.endswith(".html"):
         url = storage.join(url, "report.html")
-    if (held := _read_or_none(url)) is not None and report_page.MARK.encode() not in held[:200]:
+    if (held := storage_bytes(url)) is not None and report_page.MARK.encode() not in held[:200]:
         raise InputError(f"{url} is there already and is no report; choose another --output")
     found = find(config)
     sections = [
@@ -114,10 +61,7 @@ def write_report(config: ReportConfig) -> str:
         Section(title="Linear probe", body=_probe_body(found)),
         Section(title="Where it comes from", body=_provenance_body(config, found)),
     ]
-    lead = (
-        "What the tokenizer learned to tell apart, what the backbone learned to predict, and what its features "
-        "are worth."
-    )
+    lead = "What the tokenizer tells apart, what the backbone learned to predict, and what its features are worth."
     storage.put(url, report_page.page(config.title, lead, sections).encode())
     return url
 
@@ -125,7 +69,10 @@ def write_report(config: ReportConfig) -> str:
 def summary_table(config: ReportConfig) -> str:
     """The report's summary as text for a terminal."""
     rows = summary_rows(find(config))
-    widths = [max(len(cell) for cell in column) for column in zip(*((r.group, r.name, r.value) for r in rows), strict=True)]
+    widths = [
+        max(len(cell) for cell in column)
+        for column in zip(*((r.group, r.name, r.value) for r in rows), strict=True)
+    ]
     lines, group = [], ""
     for row in rows:
         if group and row.group != group:
@@ -134,179 +81,6 @@ def summary_table(config: ReportConfig) -> str:
         line = f"{head:<{widths[0]}}  {row.name:<{widths[1]}}  {row.value:<{widths[2]}}  {row.note}"
         lines.append(line.rstrip())
     return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------ reading
-
-
-def find(config: ReportConfig) -> Findings:
-    """Open what the configuration names. Only when none of it is there, this is an InputError."""
-    found = Findings()
-
-    def missing(name: str, error: InputError) -> None:
-        found.absent[name] = str(error)
-
-    for name in ("images", "tokenizer", "shards", "backbone", "probe", "pipeline_summary"):
-        if getattr(config, name) is None:
-            found.absent[name] = f"no --{name} was given"
-    if config.images is not None:
-        try:
-            found.images = _open_images(storage.absolute(config.images))
-        except InputError as error:
-            missing("images", error)
-    if config.tokenizer is not None:
-        try:
-            found.tokenizer = read_tokenizer(storage.absolute(config.tokenizer)).header
-        except InputError as error:
-            missing("tokenizer", error)
-    if config.shards is not None:
-        try:
-            found.tokens = open_dataset(config.shards, "tokens")
-        except InputError as error:
-            missing("shards", error)
-    if config.backbone is not None:
-        try:
-            found.backbone = read_backbone_header(storage.absolute(config.backbone))
-        except InputError as error:
-            missing("backbone", error)
-    if config.probe is not None:
-        url = storage.absolute(config.probe)
-        found.probe = artifacts.read_header(url, "probe")
-        if found.probe is None:
-            found.absent["probe"] = f"no finished probe at {url}"
-    if config.pipeline_summary is not None:
-        try:
-            _read_pipeline(found, storage.absolute(config.pipeline_summary))
-        except InputError as error:
-            missing("pipeline_summary", error)
-    for name, url in (("tokenizer", config.tokenizer), ("backbone", config.backbone)):
-        if url is not None:
-            found.curves[name] = metrics.read_metrics(storage.absolute(url))
-    if "probe_linear" in found.left_out:
-        found.absent["probe"] = found.left_out["probe_linear"]
-    if not (found.images or found.tokenizer or found.tokens or found.backbone or found.probe or found.stages):
-        raise InputError(f"there is nothing to report on: {'; '.join(found.absent.values())}")
-    return found
-
-
-def _open_images(url: str) -> dict[str, Dataset]:
-    splits = [split for split in ("train", "val") if storage.exists(storage.join(url, split, "manifest.json"))]
-    if splits:
-        return {split: open_dataset(storage.join(url, split), "images") for split in splits}
-    return {"": open_dataset(url, "images")}
-
-
-def _read_pipeline(found: Findings, url: str) -> None:
-    data = _read_or_none(url)
-    if data is None:
-        raise InputError(f"there is no pipeline summary at {url}; give the pipeline.json of run_pipeline")
-    try:
-        summary = json.loads(data)
-        found.stages, found.left_out = dict(summary["stages"]), dict(summary.get("left_out", {}))
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{url} is no pipeline summary; give the pipeline.json of run_pipeline") from None
-
-
-def _read_or_none(url: str) -> bytes | None:
-    try:
-        return storage.read(url)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-# ------------------------------------------------------------------------------------------------ summary
-
-
-def summary_rows(found: Findings) -> list[TableRow]:
-    """The lines of the summary, for page and terminal alike."""
-    rows: list[TableRow] = []
-
-    def add(group: str, name: str, value: str, note: str = "") -> None:
-        rows.append(TableRow(group=group, name=name, value=value, note=note))
-
-    def say_missing(group: str, key: str) -> None:
-        rows.append(TableRow(group=group, name="", value="—", note=found.absent[key], missing=True))
-
-    if found.images:
-        manifests = [dataset.manifest for dataset in found.images.values()]
-        reasons: dict[str, int] = {}
-        for manifest in manifests:
-            for reason, count in manifest.samples_rejected.items():
-                reasons[reason] = reasons.get(reason, 0) + count
-        counts = (
-            sum(manifest.samples_in for manifest in manifests),
-            sum(manifest.samples_written for manifest in manifests),
-            sum(reasons.values()),
-        )
-        splits = ", ".join(
-            f"{split} {dataset.manifest.samples_written:,}" for split, dataset in found.images.items() if split
-        )
-        add("Images", "in / written / rejected", " / ".join(f"{count:,}" for count in counts), splits)
-        if reasons:
-            add("", "rejected because", ", ".join(f"{reason} {count:,}" for reason, count in reasons.items()))
-    else:
-        say_missing("Images", "images")
-
-    if found.tokenizer is not None:
-        figures, size = found.tokenizer["metrics"], found.tokenizer["config"]["codebook_size"]
-        held_out = any(record["split"] == "val" for record in found.curves.get("tokenizer", []))
-        where = "held-out images" if held_out else "training images"
-        teacher = found.tokenizer["teacher"].get("name", "the teacher")
-        loss = f"{figures['reconstruction_loss']:.4f}"
-        add("Tokenizer", "reconstruction loss", loss, f"1 − cosine to {teacher}, {where}")
-        usage = figures["codebook_usage"]
-        add("Tokenizer", "codebook usage", f"{100 * usage:.1f} %", f"{usage * size:.0f} of {size:,} codes, {where}")
-        add("Tokenizer", "perplexity", f"{figures['perplexity']:,.1f}", f"of at most {size:,}, {where}")
-    else:
-        say_missing("Tokenizer", "tokenizer")
-
-    if found.tokens is not None:
-        manifest = found.tokens.manifest
-        views = f"{manifest.num_views} view{'s' if manifest.num_views > 1 else ''} of each image"
-        add("Token shards", "crops with codes", f"{manifest.samples_written:,}", views)
-        if manifest.samples_rejected:
-            add("Token shards", "rejected", f"{sum(manifest.samples_rejected.values()):,}")
-    else:
-        say_missing("Token shards", "shards")
-
-    if found.backbone is not None:
-        figures = found.backbone["run"].get("metrics", {})
-        last = "mean over the last logged steps"
-        for head, suffix in (("main head", ""), ("[CLS] head", "_cls")):
-            if (loss := figures.get(f"loss{suffix}")) is not None:
-                add("MIM", f"loss, {head}", f"{loss:.3f}", f"cross-entropy on masked patches, {last}")
-            if (accuracy := figures.get(f"accuracy{suffix}")) is not None:
-                add("MIM", f"accuracy, {head}", f"{100 * accuracy:.1f} %", f"masked patches whose code was predicted, {last}")
-    else:
-        say_missing("MIM", "backbone")
-
-    if found.probe is not None:
-        for row in probe_intervals(found.probe):
-            value = f"{100 * row.value:.1f} % [{100 * row.low:.1f}, {100 * row.high:.1f}]"
-            add("Linear probe", row.label, value)
-        add("Linear probe", "gain", *probe_verdict(found.probe))
-    else:
-        say_missing("Linear probe", "probe")
-
-    if found.stages:
-        for name, stage in found.stages.items():
-            steps = f"{stage['steps']:,} steps" if stage.get("steps") else ""
-            add("Stages", name, metrics.duration(float(stage["seconds"])), steps)
-        total = sum(float(stage["seconds"]) for stage in found.stages.values())
-        add("Stages", "all", metrics.duration(total))
-    else:
-        say_missing("Stages", "pipeline_summary")
-    return rows
-
-
-def probe_intervals(probe: Mapping[str, Any]) -> list[Interval]:
-    """Accuracies of the probe with their confidence intervals, the pretrained backbone first."""
-    raise NotImplementedError
-
-
-def probe_verdict(probe: Mapping[str, Any]) -> tuple[str, str]:
-    """The gain in points of accuracy over the better of the two baselines, and whether it can be trusted."""
-    raise NotImplementedError
 
 
 def _summary_body(found: Findings) -> str:
@@ -346,7 +120,9 @@ def _curves_body(found: Findings) -> str:
     charts, silent = [], []
     for name, panels in _PANELS.items():
         records = found.curves.get(name, [])
-        drawn = [report_page.line_chart(panel.title, _series(panel, records), x_label="step") for panel in panels]
+        drawn = [
+            report_page.line_chart(panel.title, _series(panel, records), x_label="step") for panel in panels
+        ]
         charts += [chart for chart in drawn if chart]
         if not any(drawn):
             silent.append(found.absent.get(name, f"the {name} has no {metrics.METRICS_FILE}"))
@@ -355,16 +131,15 @@ def _curves_body(found: Findings) -> str:
 
 
 def _series(panel: _Panel, records: Sequence[Mapping[str, Any]]) -> list[Series]:
-    series, color = [], 0
-    for key, label in panel.keys:
+    series = []
+    for number, (key, label) in enumerate(panel.keys):
         for split, suffix in _SPLITS.items():
             points = [(float(r["step"]), float(r[key])) for r in records if r["split"] == split and key in r]
+            held_out = split == "val"
+            # Held-out points of an only curve get a colour of their own; of two curves they share theirs.
+            color = number + (1 if held_out and len(panel.keys) == 1 else 0)
             if points:
-                held_out = split == "val"
-                # Held-out points of the only curve get a colour of their own; of two curves they share theirs.
-                shade = color + (1 if held_out and len(panel.keys) == 1 else 0)
-                series.append(Series(label=label + suffix, points=points, color=shade, marked=held_out))
-        color += 1
+                series.append(Series(label=label + suffix, points=points, color=color, marked=held_out))
     return series
 
 
@@ -382,12 +157,16 @@ def _usage_body(tokens: Dataset) -> str:
 
 
 def _groups_body(config: ReportConfig, tokens: Dataset) -> str:
-    count = min(config.sample_images, tokens.num_samples(0))
-    crops, codes = _stored_crops(tokens, count, config.seed)
+    count = min(config.sample_images, _smallest_view(tokens))
+    crops, codes = _stored_crops(tokens, count)
     assert tokens.manifest.tokenizer is not None
     patch_size = tokens.manifest.tokenizer["patch_size"]
     consistent, used = pictures.group_by_code(
-        crops, codes, patch_size=patch_size, num_codes=config.codes_per_group, per_code=config.patches_per_code
+        crops,
+        codes,
+        patch_size=patch_size,
+        num_codes=config.codes_per_group,
+        per_code=config.patches_per_code,
     )
     if not consistent:
         few = f"no code has {pictures.MIN_PATCHES} patches in {pictures.MIN_IMAGES} of {count:,} crops"
@@ -406,22 +185,29 @@ def _groups_body(config: ReportConfig, tokens: Dataset) -> str:
 
 
 def _group_row(group: pictures.CodeGroup) -> str:
-    strip = np.concatenate([_boxed(tile) for tile in group.tiles], axis=1)
-    shown = report_page.image(strip, f"patches of code {group.code}", width=strip.shape[1])
+    tiles = "".join(
+        report_page.image(_boxed(tile), f"a patch of code {group.code}", width=TILE) for tile in group.tiles
+    )
     figures = f"{100 * group.share:.2g} % of patches<br>likeness {group.consistency:.2f}"
-    return f'<div class="code"><div><b>code {group.code}</b><span>{figures}</span></div>{shown}</div>'
+    return (
+        f'<div class="code"><div><b>code {group.code}</b><span>{figures}</span></div>'
+        f'<div class="tiles">{tiles}</div></div>'
+    )
 
 
 def _boxed(tile: np.ndarray) -> np.ndarray:
-    """A patch with surroundings, enlarged, its own part framed: uint8 [TILE, TILE + 4, 3]."""
-    raise NotImplementedError
+    """A patch with surroundings, enlarged, its own part framed: uint8 [TILE, TILE, 3]."""
+    picture = Image.fromarray(pictures.enlarged(tile, TILE))
+    parts = 2 * pictures.CONTEXT + 1
+    low, high = TILE * pictures.CONTEXT // parts, TILE * (pictures.CONTEXT + 1) // parts
+    ImageDraw.Draw(picture).rectangle((low - 1, low - 1, high, high), outline=(255, 45, 45), width=2)
+    return np.asarray(picture)
 
 
-def _stored_crops(tokens: Dataset, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Crops uint8 [count, S, S, 3] and codes [count, N] of view 0, in the shuffled order of a seed."""
-    reader = ShardReader(tokens, batch_size=count, seed=seed)
-    batch = next(iter(reader.batches(0)))
-    reader.close()
+def _stored_crops(tokens: Dataset, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first crops uint8 [count, S, S, 3] and codes [count, N] by sample id, which is a random order."""
+    with ShardReader(tokens, batch_size=count, shuffle=False) as reader:
+        batch = next(iter(reader.batches(0)))
     assert batch.codes is not None
     return batch.pixels, batch.codes.astype(np.int64)
 
@@ -429,19 +215,167 @@ def _stored_crops(tokens: Dataset, count: int, seed: int) -> tuple[np.ndarray, n
 # ------------------------------------------------------------------------------------------------ predictions
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Examples:
+    """Images uint8 [n, S, S, 3] with their codes [n, N], and whose they are."""
+
+    images: np.ndarray
+    codes: np.ndarray
+    origin: str
+    tokenizer: str
+    """Fingerprint of the artifact whose codes they are."""
+
+
 def _predictions_body(config: ReportConfig, found: Findings) -> str:
-    raise NotImplementedError
+    examples = _examples(config, found)
+    if examples is None:
+        why = "codes come from token shards, or from images and a tokenizer"
+        return report_page.paragraph(f"Not shown: {why}, and neither is there.", muted=True)
+    codebook, size = None, int(examples.codes.max()) + 1
+    if found.tokenizer is not None and config.tokenizer is not None:
+        vqkd = load_vqkd(read_tokenizer(storage.absolute(config.tokenizer)))
+        codebook = vqkd.quantize.codebook.numpy()
+    if found.tokens is not None and found.tokens.manifest.tokenizer is not None:
+        size = found.tokens.manifest.tokenizer["codebook_size"]
+    colors = pictures.code_colors(codebook, size if codebook is None else len(codebook))
+    meaning = "Similar codes have similar colours." if codebook is not None else "Colours are arbitrary."
+
+    reason = _why_no_predictions(config, found, examples)
+    if reason is not None:
+        cells = []
+        for image, codes in zip(examples.images, examples.codes, strict=True):
+            panels = (pictures.enlarged(image, PICTURE), pictures.code_map(codes, colors, PICTURE))
+            cells.append(_row(panels, ("image", "codes")))
+        lead = f"{len(cells)} {examples.origin} and their codes. {meaning}"
+        said = report_page.paragraph(f"Predictions are not shown: {reason}.", muted=True)
+        return report_page.paragraph(lead) + report_page.grid(cells, min_width=300) + said
+
+    assert config.backbone is not None
+    predictions = pictures.predict(
+        load_mim(storage.absolute(config.backbone)), examples.images, examples.codes, seed=config.seed
+    )
+    hits, hits_cls = pictures.accuracy(predictions), pictures.accuracy(predictions, cls_head=True)
+    heads = f"{100 * (hits or 0):.1f} % of hidden codes guessed by the main head"
+    if hits_cls is not None:
+        heads += f", {100 * hits_cls:.1f} % by the [CLS] head"
+    lead = (
+        f"{len(predictions)} {examples.origin}. The model sees the image with grey patches and guesses the codes "
+        f"of what is hidden. {meaning} On these: {heads}."
+    )
+    key = (
+        f'<p class="heads key">Last column:<i style="--c:rgb{RIGHT}"></i>guessed'
+        f'<i style="--c:rgb{WRONG}"></i>another code</p>'
+    )
+    titles = ("image", "what the model sees", "codes", "guessed codes", "right or wrong")
+    heading = "".join(f"<div>{title}</div>" for title in titles)
+    heading = f'<div class="row heads" style="--columns:{len(titles)}">{heading}</div>'
+    rows = []
+    for one in predictions:
+        panels = (
+            pictures.enlarged(one.image, PICTURE),
+            pictures.masked_image(one, PICTURE),
+            pictures.code_map(one.codes, colors, PICTURE),
+            pictures.guess_map(one, colors, PICTURE),
+            pictures.verdict_map(one, PICTURE, right=RIGHT, wrong=WRONG),
+        )
+        rows.append(_row(panels, titles))
+    return report_page.paragraph(lead) + key + heading + "".join(rows)
+
+
+def _examples(config: ReportConfig, found: Findings) -> _Examples | None:
+    """Held-out images with fresh codes if there are any; else stored crops; else whatever images there are."""
+    splits = ["val"] if "val" in found.images else []
+    if found.tokens is None:
+        splits += [split for split in ("", "train") if split in found.images]
+    if splits and found.tokenizer is not None and config.tokenizer is not None:
+        tokenizer = VisualTokenizer.load(storage.absolute(config.tokenizer))
+        dataset = found.images[splits[0]]
+        count = min(config.predictions, dataset.num_samples(0))
+        policy = ViewPolicy(image_size=tokenizer.image_size)
+        with ShardReader(
+            dataset, batch_size=count, views=policy, center_crop=True, stored_pixels=True, shuffle=False
+        ) as reader:
+            images = next(iter(reader.batches(0))).pixels
+        codes = tokenizer.encode(torch.from_numpy(images)).numpy()
+        return _Examples(
+            images=images,
+            codes=codes,
+            origin="held-out images" if splits[0] == "val" else "images",
+            tokenizer=tokenizer.artifact.fingerprint,
+        )
+    if found.tokens is not None:
+        images, codes = _stored_crops(found.tokens, min(config.predictions, _smallest_view(found.tokens)))
+        assert found.tokens.manifest.tokenizer is not None
+        fingerprint = found.tokens.manifest.tokenizer["artifact_fingerprint"]
+        return _Examples(
+            images=images, codes=codes, origin="stored crops of the training set", tokenizer=fingerprint
+        )
+    return None
+
+
+def _why_no_predictions(config: ReportConfig, found: Findings, examples: _Examples) -> str | None:
+    """Why the backbone cannot be asked about these codes; None if it can."""
+    if found.backbone is None or config.backbone is None:
+        return found.absent["backbone"]
+    if found.backbone["mim"] is None:
+        return f"the backbone at {config.backbone} holds no pretraining heads"
+    trained_on = (found.backbone["tokenizer"] or {}).get("artifact_fingerprint")
+    if trained_on != examples.tokenizer:
+        return (
+            f"the backbone predicts codes of tokenizer {str(trained_on)[:8]}, and these are codes of "
+            f"{examples.tokenizer[:8]}; give the tokenizer and the shards that it was pretrained with"
+        )
+    return None
+
+
+def _smallest_view(dataset: Dataset) -> int:
+    return min(dataset.num_samples(view) for view in range(dataset.num_views))
+
+
+def _row(panels: Sequence[np.ndarray], titles: Sequence[str]) -> str:
+    cells = (
+        report_page.image(panel, title, width=PICTURE) for panel, title in zip(panels, titles, strict=True)
+    )
+    return f'<div class="row" style="--columns:{len(panels)}">{"".join(cells)}</div>'
 
 
 # ------------------------------------------------------------------------------------------------ the rest
 
 
 def _probe_body(found: Findings) -> str:
-    raise NotImplementedError
+    if found.probe is None:
+        return report_page.paragraph(f"Not shown: {found.absent['probe']}.", muted=True)
+    gain, verdict = probe_verdict(found.probe)
+    chart = report_page.interval_chart(probe_intervals(found.probe), chance=None)
+    said = f'<p class="verdict">{report_page.escape(gain)}: {report_page.escape(verdict)}</p>'
+    return (
+        report_page.paragraph("A linear classifier on frozen features; whiskers are 95 % intervals.")
+        + chart
+        + said
+    )
 
 
 def _provenance_body(config: ReportConfig, found: Findings) -> str:
-    raise NotImplementedError
+    """Fingerprints and resolved configurations of all that was opened."""
+    rows = [(f"images {split}".strip(), dataset.fingerprint, "") for split, dataset in found.images.items()]
+    if found.tokens is not None:
+        rows.append(("token shards", found.tokens.fingerprint, ""))
+    headers = {"tokenizer": found.tokenizer, "backbone": found.backbone, "probe": found.probe}
+    for name, header in headers.items():
+        if header is not None:
+            rows.append((name, str(header.get("fingerprint", "")), str(header.get("code_version", ""))))
+    parts = [report_page.table(("artifact", "fingerprint", "code version"), rows)]
+    for name, header in headers.items():
+        if header is not None:
+            shown = {key: value for key, value in header.items() if key != "files"}
+            text = json.dumps(shown, indent=2, sort_keys=True)
+            parts.append(report_page.details(f"{name}: header", f"<pre>{report_page.escape(text)}</pre>"))
+    for name, dataset in {**found.images, "tokens": found.tokens}.items():
+        if dataset is not None:
+            text = json.dumps(dataset.manifest.recipe, indent=2, sort_keys=True)
+            title = f"{name or 'images'}: recipe"
+            parts.append(report_page.details(title, f"<pre>{report_page.escape(text)}</pre>"))
+    return "".join(parts)
 
 
 def main(config: ReportConfig) -> None:

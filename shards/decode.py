@@ -7,10 +7,11 @@ nothing in a file is executed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import PIL
@@ -82,6 +83,25 @@ class DecodeConfig:
             raise InputError(f"decode.window is {self.window}, high_bit_depth {self.high_bit_depth}; {mend}")
         if self.window is not None and not -math.inf < self.window[0] < self.window[1] < math.inf:
             raise InputError(f"decode.window is {self.window}; give two finite values, low < high")
+
+
+def decode_recipe(config: DecodeConfig) -> dict[str, Any]:
+    """What decides decoded pixels, for the recipe of an image dataset."""
+    settings = dataclasses.asdict(config)
+    window = None if config.window is None else list(config.window)
+    return {**settings, "percentile": list(config.percentile), "window": window, "version": DECODE_VERSION}
+
+
+def decode_config_of(recipe: dict[str, Any]) -> DecodeConfig:
+    """The settings in a recipe; InputError where they are of another decode version."""
+    settings = dict(recipe)
+    version = settings.pop("version")
+    if version != DECODE_VERSION:
+        raise InputError(
+            f"the images were prepared with decode version {version}, this is {DECODE_VERSION}; prepare again"
+        )
+    pairs = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    return DecodeConfig(**pairs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,7 +33,7 @@ CACHE_BYTES = 8 << 30
 
 FETCH_THREADS = 4
 CHUNK_SAMPLES = 16
-"""Samples that a thread decodes at a time: 5 ms of crops, little enough that no thread waits for the last one."""
+"""Samples that a thread decodes at a time: 5 ms of crops, so that threads end a batch together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -116,7 +116,7 @@ class ShardReader:
         self.num_samples = min(dataset.num_samples(view) for view in range(dataset.num_views))
         self._workers: _Workers | None = None
         self._check()
-        self.image_size = views.image_size if views is not None else _stored_size(dataset)
+        self.image_size = views.side if views is not None else _stored_size(dataset)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -136,7 +136,14 @@ class ShardReader:
         """
         if epoch < 0 or position < 0:
             raise ValueError(f"epoch {epoch} and position {position} must not be negative")
-        return self._stream(self._plans(epoch, position))
+        view = view_of_epoch(self.dataset.num_views, self.seed, epoch)
+        order = self._order(view, epoch)
+        if position > order.num_samples:
+            raise InputError(
+                f"position {position} lies beyond the {order.num_samples} samples of {self.dataset.url}; "
+                "resume with the dataset that the run began with"
+            )
+        return self._stream(self._plans(order, view, epoch, position))
 
     def close(self) -> None:
         """Stop all threads and forget open shards. Iterators in progress end with an error."""
@@ -170,6 +177,7 @@ class ShardReader:
                 f"{self.world_size} workers share a global batch of {batch_size}, so some would get nothing; "
                 "raise the batch size or lower the number of workers"
             )
+        # Evaluation may ask for more: its only batch is then the short one.
         if self.num_samples == 0 or (self.drop_last and batch_size > self.num_samples):
             raise InputError(
                 f"a batch of {batch_size} is more than the {self.num_samples} samples of {url}; "
@@ -187,12 +195,10 @@ class ShardReader:
         whole, rest = divmod(num_samples, self.batch_size)
         return whole + (1 if rest and not self.drop_last else 0)
 
-    def _plans(self, epoch: int, position: int) -> Iterator[_BatchPlan]:
-        view = view_of_epoch(self.dataset.num_views, self.seed, epoch)
-        order = self._order(view, epoch)
+    def _plans(
+        self, order: Order | _SampleOrder, view: int, epoch: int, position: int
+    ) -> Iterator[_BatchPlan]:
         end = order.num_samples
-        if position > end:
-            raise InputError(f"position {position} lies beyond the {end} samples of {self.dataset.url}")
         while position < end and not (self.drop_last and position + self.batch_size > end):
             size = min(self.batch_size, end - position)
             positions = rank_slice(position, size, self.rank, self.world_size, order.lanes)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +20,7 @@ from shards.source_tars import ListedFile
 DEFAULT_LABEL_COLUMN = "label"
 
 _BATCH_BYTES = 8 << 20
+_DAMAGE = (pa.ArrowException, OSError)
 
 
 def list_parquet(url: str, version: str, image_column: str, label_column: str | None) -> ListedFile:
@@ -32,29 +32,57 @@ def list_parquet(url: str, version: str, image_column: str, label_column: str | 
     """
     rows: list[Source] = []
     labels: list[int | str | None] = []
+
+    def append(image: bytes | None, label: int | str | None, reason: str | None, message: str | None) -> None:
+        rows.append(
+            Source(
+                path=os.fsencode(url),
+                row=len(rows),
+                bytes=0 if image is None else len(image),
+                version=version,
+                image_hash=None if image is None else hashlib.sha256(image).digest(),
+                reject_reason=reason,
+                reject_message=message,
+            )
+        )
+        labels.append(label)
+
     with storage.open_file(url) as file:
-        parquet = _opened(file, url)
+        try:
+            parquet = pq.ParquetFile(file, pre_buffer=False)
+        except _DAMAGE as error:
+            damage = Source(
+                path=os.fsencode(url),
+                bytes=0,
+                version=version,
+                reject_reason="damaged_parquet",
+                reject_message=_message_of(error, url),
+            )
+            return ListedFile(rows=[damage], labels=[None])
         schema = parquet.schema_arrow
         path = _image_path(schema, url, image_column)
         label_name = _label_name(schema, url, label_column)
-        names = _huggingface_names(schema, label_name)
         columns = [path] if label_name is None else [path, label_name]
-        for batch in _batches(parquet, range(parquet.num_row_groups), columns):
-            for image in _images(batch, image_column):
-                rows.append(
-                    Source(
-                        path=os.fsencode(url),
-                        row=len(rows),
-                        bytes=len(image) if image is not None else 0,
-                        version=version,
-                        image_hash=None if image is None else hashlib.sha256(image).digest(),
-                        reject_reason="empty" if image is None else None,
-                        reject_message="the row has no image bytes" if image is None else None,
+        for group in range(parquet.num_row_groups):
+            end = len(rows) + parquet.metadata.row_group(group).num_rows
+            try:
+                for batch in _batches(parquet, group, columns):
+                    found = (
+                        [None] * batch.num_rows
+                        if label_name is None
+                        else batch.column(label_name).to_pylist()
                     )
-                )
-            found = [None] * batch.num_rows if label_name is None else batch.column(label_name).to_pylist()
-            labels += [_label(value, names) for value in found]
-    return ListedFile(rows=rows, labels=labels)
+                    for image, label in zip(_images(batch, image_column), found, strict=True):
+                        if image:
+                            append(image, label, None, None)
+                        else:
+                            append(None, None, "empty", "the row has no image bytes")
+            except _DAMAGE as error:
+                message = _message_of(error, url)
+                while len(rows) < end:
+                    append(None, None, "damaged_parquet", message)
+        names = _huggingface_names(schema, label_name)
+    return ListedFile(rows=rows, labels=labels, class_names=names)
 
 
 def read_images(sources: Sequence[Source], image_column: str) -> Iterator[bytes]:
@@ -65,7 +93,7 @@ def read_images(sources: Sequence[Source], image_column: str) -> Iterator[bytes]
         return
     url = source.url
     with storage.open_file(url) as file:
-        parquet = _opened(file, url)
+        parquet = pq.ParquetFile(file, pre_buffer=False)
         path = _image_path(parquet.schema_arrow, url, image_column)
         sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
         starts = np.concatenate([[0], np.cumsum(sizes)])
@@ -73,7 +101,7 @@ def read_images(sources: Sequence[Source], image_column: str) -> Iterator[bytes]
             position = int(starts[group])
             if source is None or source.row >= starts[group + 1]:
                 continue
-            for batch in _batches(parquet, [group], [path]):
+            for batch in _batches(parquet, group, [path]):
                 images = None
                 while source is not None and source.row < position + batch.num_rows:
                     images = _images(batch, image_column) if images is None else images
@@ -86,20 +114,19 @@ def read_images(sources: Sequence[Source], image_column: str) -> Iterator[bytes]
         raise InputError(f"{url} has no row {source.row}; it has changed since it was listed")
 
 
-def _opened(file: BinaryIO, url: str) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(file, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{url} is not a readable Parquet file ({' '.join(str(error).split())[:200]}); remove it") from None
+def _message_of(error: Exception, url: str) -> str:
+    """What is damaged; of a remote file an OSError may be the network's, which is no fault of the file."""
+    if isinstance(error, OSError) and not (isinstance(error, pa.ArrowException) or storage.is_local(url)):
+        raise error
+    return " ".join(str(error).split())[:200]
 
 
-def _batches(parquet: pq.ParquetFile, groups: Sequence[int], columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Batches of about 8 MB, judged by the average size of a row."""
-    for group in groups:
-        metadata = parquet.metadata.row_group(group)
-        row_bytes = metadata.total_byte_size / max(1, metadata.num_rows)
-        batch_rows = int(min(4096, max(1, _BATCH_BYTES // max(1.0, row_bytes))))
-        yield from parquet.iter_batches(batch_rows, row_groups=[group], columns=columns, use_threads=False)
+def _batches(parquet: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Batches of about 8 MB of one row group, judged by the average size of its rows."""
+    metadata = parquet.metadata.row_group(group)
+    row_bytes = metadata.total_byte_size / max(1, metadata.num_rows)
+    batch_rows = int(min(4096, max(1, _BATCH_BYTES // max(1.0, row_bytes))))
+    yield from parquet.iter_batches(batch_rows, row_groups=[group], columns=columns, use_threads=False)
 
 
 def _image_path(schema: pa.Schema, url: str, image_column: str) -> str:
@@ -107,7 +134,7 @@ def _image_path(schema: pa.Schema, url: str, image_column: str) -> str:
     index = schema.get_field_index(image_column)
     if index < 0:
         raise InputError(
-            f"{url} has no column {image_column}; give --image_column, one of {', '.join(map(as_text, schema.names))}"
+            f"{url} has no column {image_column}; set image_column to one of its: {', '.join(schema.names)}"
         )
     kind = schema.field(index).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
@@ -115,7 +142,9 @@ def _image_path(schema: pa.Schema, url: str, image_column: str) -> str:
         if _is_bytes(kind):
             return f"{image_column}.bytes"
     if not _is_bytes(kind):
-        raise InputError(f"column {image_column} of {url} is {kind}; give --image_column, a column of encoded images")
+        raise InputError(
+            f"column {image_column} of {url} is {kind}; set image_column to one of encoded images"
+        )
     return image_column
 
 
@@ -126,8 +155,12 @@ def _is_bytes(kind: pa.DataType) -> bool:
 def _images(batch: pa.RecordBatch, image_column: str) -> list[bytes | None]:
     column = batch.column(image_column)
     if pa.types.is_struct(column.type):
-        column = column.field("bytes") if column.null_count == 0 else pa.array(
-            [None if value is None else value["bytes"] for value in column.to_pylist()], pa.large_binary()
+        column = (
+            column.field("bytes")
+            if column.null_count == 0
+            else pa.array(
+                [None if value is None else value["bytes"] for value in column.to_pylist()], pa.large_binary()
+            )
         )
     return column.to_pylist()
 
@@ -139,26 +172,20 @@ def _label_name(schema: pa.Schema, url: str, label_column: str | None) -> str | 
         if label_column is None:
             return None
         raise InputError(
-            f"{url} has no column {name}; give --label_column, one of {', '.join(map(as_text, schema.names))}"
+            f"{url} has no column {name}; set label_column to one of its: {', '.join(schema.names)}"
         )
     kind = schema.field(index).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise InputError(f"column {name} of {url} is {kind}; give --label_column, a column of numbers or names")
+        raise InputError(f"column {name} of {url} is {kind}; set label_column to one of numbers or names")
     return name
 
 
-def _label(value: int | str | None, names: list[str] | None) -> int | str | None:
-    if names is None or not isinstance(value, int):
-        return value
-    return names[value] if 0 <= value < len(names) else None
-
-
-def _huggingface_names(schema: pa.Schema, label_name: str | None) -> list[str] | None:
+def _huggingface_names(schema: pa.Schema, label_name: str | None) -> tuple[str, ...] | None:
     """Class names that `datasets` keeps in the schema's metadata, in the order of their numbers."""
     try:
         info = json.loads((schema.metadata or {})[b"huggingface"])
         names = info["info"]["features"][label_name]["names"]
     except (KeyError, ValueError, TypeError):
         return None
-    return [as_text(str(name)) for name in names] if isinstance(names, list) else None
+    return tuple(as_text(str(name)) for name in names) if isinstance(names, list) else None

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
@@ -123,7 +122,7 @@ def read_sources(url: str) -> Sources | None:
         header = json.loads((table.schema.metadata or {})[_METADATA_KEY])
         if header["version"] != SOURCES_VERSION:
             raise InputError(
-                f"{url} has version {header['version']}, this program reads {SOURCES_VERSION}; choose another output"
+                f"{url} has version {header['version']}, not {SOURCES_VERSION}; choose another output"
             )
         class_names = header["class_names"]
         return Sources(
@@ -159,7 +158,9 @@ def table_of(rows: Sequence[Source]) -> pa.Table:
     return pa.table(columns, schema=SCHEMA)
 
 
-def with_labels(table: pa.Table, labels: Sequence[int | str | None]) -> tuple[pa.Table, tuple[str, ...] | None]:
+def with_labels(
+    table: pa.Table, labels: Sequence[int | str | None]
+) -> tuple[pa.Table, tuple[str, ...] | None]:
     """The table with labels, and the class names where labels came as names: those, sorted, are numbered.
 
     Numbers stay as they are; a number that cannot be a label (negative, beyond 31 bits) counts as none.
@@ -188,10 +189,9 @@ def split_by_content(sources: Sources, val_fraction: float, seed: int) -> tuple[
     """
     hashes = sources.table.column("image_hash").combine_chunks()
     words = np.zeros(len(sources), np.uint64)
-    known = np.array(pc.is_valid(hashes))
+    known = ~np.array(hashes.is_null())
     if known.any():
-        raw = b"".join(pc.drop_null(hashes).to_pylist())
-        digests = np.frombuffer(raw, np.uint64).reshape(-1, 4)
+        digests = np.frombuffer(b"".join(hashes.drop_null().to_pylist()), "<u8").reshape(-1, 4)
         # One round of a 64-bit mixer over hash and seed: other seeds give other splits.
         mixed = digests[:, 0] ^ np.uint64(seed * 0x9E3779B97F4A7C15 & (1 << 64) - 1)
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -202,7 +202,7 @@ def split_by_content(sources: Sources, val_fraction: float, seed: int) -> tuple[
     for part, rows in (("train", ~in_val), ("val", in_val)):
         if not rows.any():
             raise InputError(
-                f"val_fraction {val_fraction} leaves no image in {part} of {len(sources)}; choose another fraction"
+                f"val_fraction {val_fraction} of {len(sources)} images leaves {part} empty; choose another"
             )
         table = sources.table.filter(pa.array(rows)).combine_chunks()
         parts.append(replace(sources, table=table, origin={**sources.origin, "part": part}))

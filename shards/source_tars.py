@@ -18,8 +18,11 @@ from shards.source_table import Source
 from shards.tar import TarError, TarMember, iter_members
 
 IMAGE_EXTENSIONS = frozenset(
-    "apng avif bmp dib gif ico j2k jfif jp2 jpe jpeg jpg jpx pbm pcx pgm png pnm ppm psd qoi sgi tga tif tiff webp".split()
-)
+    (
+        "apng", "avif", "bmp", "dib", "gif", "ico", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg", "jpx",
+        "pbm", "pcx", "pgm", "png", "pnm", "ppm", "psd", "qoi", "sgi", "tga", "tif", "tiff", "webp",
+    )
+)  # fmt: skip
 """Members that end so are images until decoding says otherwise."""
 
 _LABEL_EXTENSIONS = ("cls", "json")
@@ -30,10 +33,14 @@ _MAX_RUN_BYTES = 32 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListedFile:
-    """The sources found in one file, in its order, and their labels: numbers, names or None."""
+    """The sources found in one file, in its order, and their labels: numbers, names or None.
+
+    `class_names` is set where the file itself says what its numbers mean.
+    """
 
     rows: list[Source]
     labels: list[int | str | None]
+    class_names: tuple[str, ...] | None = None
 
 
 def list_tar(url: str, version: str) -> ListedFile:
@@ -67,7 +74,9 @@ def list_tar(url: str, version: str) -> ListedFile:
             for member in iter_members(file):
                 key, extension = _key(member.name)
                 if member.problem is not None:
-                    append(member, member.problem, "links, devices and names that leave the tar are not followed")
+                    append(
+                        member, member.problem, "links, devices and names that leave the tar are not followed"
+                    )
                 elif member.name in names:
                     append(member, "duplicate_name", "an earlier member has the same name")
                 elif extension in IMAGE_EXTENSIONS:
@@ -116,7 +125,9 @@ def check_unchanged(url: str, version: str) -> storage.FileStat:
     found = storage.stat(url)
     if found is None or found.version != version:
         state = "is gone" if found is None else "has changed"
-        raise InputError(f"{url} {state} since it was listed; bring the old one back, or prepare to another output")
+        raise InputError(
+            f"{url} {state} since it was listed; bring the old one back, or prepare to another output"
+        )
     return found
 
 

@@ -5,12 +5,14 @@ Read `_train` from top to bottom: it is the whole loop.
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import time
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
@@ -36,8 +38,8 @@ from shards.decode import DecodeConfig
 from shards.manifest import Dataset, open_dataset
 from shards.reader import ShardReader
 from shards.views import ViewPolicy
-from tokenizer.artifact import TokenizerMetrics, save_tokenizer
-from tokenizer.quantizer import CodeUsage
+from tokenizer.artifact import save_tokenizer
+from tokenizer.quantizer import CodeStatistics, CodeUsage
 from tokenizer.teacher import Teacher, TeacherConfig, build_teacher
 from tokenizer.vqkd import VQKD, VQKDConfig, VQKDOutput, normalize_pixels
 
@@ -200,7 +202,8 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
         usage = CodeUsage(config.model.codebook_size, device)
         for batch in reader.batches(epoch, state.position if epoch == state.epoch else 0):
             set_lr(optimizer, lr(step))
-            outputs: list[VQKDOutput] = []
+            statistics: list[CodeStatistics] = []
+            tokens: list[Tensor] = []
             share = batch.pixels.shape[0]
             micro = config.micro_batch_size or share
             for row in range(0, share, micro):
@@ -214,17 +217,20 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
                     scaler.scale(out.loss * weight).backward()
                 usage.add(out.codes)
                 means.add(pixels.shape[0], loss=out.loss, rec_loss=out.rec_loss, emb_loss=out.emb_loss)
-                outputs.append(out)
+                assert out.statistics is not None
+                statistics.append(out.statistics)
+                tokens.append(out.features.flatten(0, 1))
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad_norm or math.inf)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             # The codes follow the tokens of the whole step, gathered over micro-batches and ranks.
-            model.quantize.update_(sum_statistics(out.statistics for out in outputs), worker)
+            model.quantize.update_(functools.reduce(operator.add, statistics), worker)
             if config.model.restart_dead_codes and (step + 1) % config.model.restart_every == 0:
-                tokens = torch.cat([out.features.flatten(0, 1) for out in outputs])
-                model.quantize.restart_dead_(tokens, worker, steps=config.model.restart_every, seed=config.seed + step)
+                model.quantize.restart_dead_(
+                    torch.cat(tokens), worker, steps=config.model.restart_every, seed=config.seed + step
+                )
             step += 1
 
             if step % config.log_every_steps == 0:
@@ -264,18 +270,16 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
         save_tokenizer(
             output,
             model,
-            teacher=teacher.spec,
-            metrics=TokenizerMetrics(
-                reconstruction_loss=metrics[f"{kind}_rec_loss"],
-                codebook_usage=metrics[f"{kind}_codebook_usage"],
-                perplexity=metrics[f"{kind}_perplexity"],
-            ),
-            provenance={
-                "config": identity(config, PLACES),
-                "inputs": {"images": images.fingerprint, "teacher": teacher.fingerprint},
+            teacher=teacher,
+            metrics={
+                "reconstruction_loss": metrics[f"{kind}_rec_loss"],
+                "codebook_usage": metrics[f"{kind}_codebook_usage"],
+                "perplexity": metrics[f"{kind}_perplexity"],
                 "steps": step,
                 "seconds": progress.elapsed_s,
             },
+            inputs={"images": images.fingerprint, "teacher": teacher.fingerprint},
+            run_config=identity(config, PLACES),
         )
         progress.close()
         log.close()

@@ -190,9 +190,9 @@ def masked_image(one: Prediction, size: int) -> np.ndarray:
     return picture
 
 
-def code_map(one: Prediction, colors: np.ndarray, size: int) -> np.ndarray:
-    """The tokenizer's codes of all patches in their colours, uint8 [size, size, 3]."""
-    return colors[_per_pixel(one.codes, size)]
+def code_map(codes: np.ndarray, colors: np.ndarray, size: int) -> np.ndarray:
+    """Codes [N] of all patches in their colours, uint8 [size, size, 3]."""
+    return colors[_per_pixel(codes, size)]
 
 
 def guess_map(one: Prediction, colors: np.ndarray, size: int) -> np.ndarray:

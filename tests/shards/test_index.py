@@ -26,35 +26,10 @@ from shards.index import (
 from shards.samples import RejectedSample, StoredSample, as_text
 
 GRID = (2, 3)
-TOKEN_COLUMNS = [
-    "key",
-    "sample_id",
-    "view",
-    "image_offset",
-    "image_bytes",
-    "image_hash",
-    "source",
-    "source_width",
-    "source_height",
-    "crop",
-    "hflip",
-    "jitter",
-    "label",
-    "codes",
-]
-IMAGE_COLUMNS = [
-    "key",
-    "sample_id",
-    "view",
-    "image_offset",
-    "image_bytes",
-    "image_hash",
-    "extension",
-    "source",
-    "source_width",
-    "source_height",
-    "label",
-]
+PLACE = ["key", "sample_id", "view", "image_offset", "image_bytes", "image_hash"]
+ORIGIN = ["source", "source_width", "source_height"]
+TOKEN_COLUMNS = [*PLACE, *ORIGIN, "crop", "hflip", "jitter", "label", "codes"]
+IMAGE_COLUMNS = [*PLACE, "extension", *ORIGIN, "label"]
 
 
 def test_every_value_of_a_token_index_comes_back(make_sample: Callable[..., StoredSample]) -> None:

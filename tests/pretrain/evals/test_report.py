@@ -132,7 +132,7 @@ def test_maps_paint_each_patch_by_its_values():
 
     hidden = report.masked_image(one, size)
     assert (patch(hidden, 0) == report.HIDDEN).all() and (patch(hidden, 1) == 200).all()
-    assert np.array_equal(patch(report.code_map(one, colors, size), 3), colors[3])
+    assert np.array_equal(patch(report.code_map(codes, colors, size), 3), colors[3])
     guesses = report.guess_map(one, colors, size)
     assert np.array_equal(patch(guesses, 5), colors[7]) and not np.array_equal(patch(guesses, 3), colors[3])
     verdict = report.verdict_map(one, size, right=(0, 255, 0), wrong=(255, 0, 0))

@@ -1,0 +1,337 @@
+"""Image shards from any source of images: every file is decoded once to prove it readable, and stored untouched.
+
+The write pass is that of `shards.commit`; what is special here is the frozen listing of the sources.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipeline import artifacts, storage
+from pipeline.artifacts import canonical_json, code_version, sha256_hex
+from pipeline.cluster import ClusterConfig, map_items
+from pipeline.config import identity
+from pipeline.errors import InputError
+from pipeline.metrics import Progress
+from shards import commit
+from shards.build import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, ForeignTar, build_shard
+from shards.decode import DecodeConfig, Rejected, decode, decode_image, decode_recipe
+from shards.manifest import MANIFEST, Manifest, read_manifest
+from shards.plan import Item, Plan
+from shards.samples import RejectedSample, StoredSample
+from shards.source_table import (
+    SOURCES,
+    Source,
+    Sources,
+    freeze,
+    read_rows,
+    read_sources,
+    rows_of,
+    split_by_content,
+    with_hashes,
+)
+from shards.source_tars import check_unchanged
+from shards.sources import LabelRule, SourceConfig, list_sources, read_images
+
+CONFIG = "config.json"
+PARTS = ("train", "val")
+
+_READ_THREADS = 8
+_TAR_OVERHEAD_BYTES = 1024  # a header, and padding to whole blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Turn images into image shards.
+
+    Images come from a folder, WebDataset tars or Parquet files. What cannot be read is set aside with its
+    reason and counted; running the same command again does only what is missing.
+    """
+
+    source: str
+    """Folder of images; .tar or .parquet file, a folder of them or a pattern such as s3://b/x-{000..009}.tar."""
+    output: str
+    """Where the dataset goes; with val_fraction, the two datasets train/ and val/."""
+    val_fraction: float = 0.0
+    """Share of images set apart as val/, chosen by their content so that duplicates stay together."""
+    labels: LabelRule = "folder"
+    """What labels an image of a folder: the folder it lies in, the topmost of those, or nothing. For tars and
+    Parquet files: none ignores their labels."""
+    seed: int = 0
+    """Draws the order of an image folder, and the split."""
+    image_column: str = "image"
+    """Parquet: the column of encoded images, or of structs with such bytes."""
+    label_column: str | None = None
+    """Parquet: the column of labels; null takes label where there is one."""
+    max_shard_samples: int = MAX_SHARD_SAMPLES
+    """A shard holds no more images than this."""
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    """A shard holds no more bytes than this, unless a single image does."""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """How image files become pixels."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Where the work runs."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise InputError(f"val_fraction is {self.val_fraction}; give 0 (one dataset) to less than 1")
+        if self.labels not in ("folder", "top_folder", "none"):
+            raise InputError(f"labels is {self.labels}; give folder, top_folder or none")
+        if not 0 <= self.seed < 1 << 63:
+            raise InputError(f"seed is {self.seed}; give 0 to 2^63 - 1")
+        if not 1 <= self.max_shard_samples <= MAX_SHARD_SAMPLES:
+            raise InputError(f"max_shard_samples is {self.max_shard_samples}; give 1 to {MAX_SHARD_SAMPLES}")
+        if not 1 <= self.max_shard_bytes <= MAX_SHARD_BYTES:
+            raise InputError(f"max_shard_bytes is {self.max_shard_bytes}; give 1 to {MAX_SHARD_BYTES}")
+
+    @property
+    def sources(self) -> SourceConfig:
+        return SourceConfig(
+            url=self.source,
+            labels=self.labels,
+            seed=self.seed,
+            image_column=self.image_column,
+            label_column=self.label_column,
+        )
+
+
+def prepare_images(config: PrepareConfig) -> None:
+    """Write the image dataset, or the two of a split, and say what became of every source.
+
+    A finished one of the same settings is left as it is. InputError, with nothing written, for a source that
+    is missing or empty and for an output that holds something else.
+    """
+    output = storage.absolute(config.output)
+    sources = _frozen_sources(config, output)
+    if config.val_fraction == 0:
+        _write_dataset(config, output, sources)
+        return
+    for part, chosen in zip(PARTS, split_by_content(sources, config.val_fraction, config.seed), strict=True):
+        url = storage.join(output, part)
+        _write_dataset(config, url, freeze(storage.join(url, SOURCES), chosen))
+
+
+# ------------------------------------------------------------------------------------------------ sources
+
+
+def _frozen_sources(config: PrepareConfig, output: str) -> Sources:
+    """The listing this output was begun with; on the first run it is made and frozen.
+
+    A split is a function of this listing, contents hashed, so it cannot come out differently on a rerun.
+    """
+    url = storage.join(output, SOURCES)
+    origin = {**config.sources.origin, "val_fraction": config.val_fraction}
+    sources = read_sources(url)
+    if sources is None:
+        stranger = next(storage.list_files(output), None)
+        if stranger is not None and not storage.exists(url):
+            raise InputError(f"{output} already holds something else; choose another output or empty it")
+        sources = dataclasses.replace(list_sources(config.sources, config.cluster), origin=origin)
+        print(f"found {len(sources):,} sources at {origin['url']}", flush=True)
+        if config.val_fraction > 0:
+            sources = _hashed(config, sources)
+            split_by_content(
+                sources, config.val_fraction, config.seed
+            )  # an empty part is said before writing
+        sources = freeze(url, sources)
+    differing = artifacts.differences(sources.origin, origin)
+    if differing:
+        raise InputError(
+            f"{output} was begun with other images, which differ in {'; '.join(differing[:4])}; choose another "
+            "output, or repeat the settings it was begun with"
+        )
+    return sources
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Range:
+    """Sources to hash: some rows of the listing, small enough to travel."""
+
+    first_id: int
+    rows: list[Source] = field(repr=False)
+
+
+def _hashed(config: PrepareConfig, sources: Sources) -> Sources:
+    """The sources with the content hash of every image that can be read; those known already are kept."""
+    hashes: list[bytes | None] = sources.table.column("image_hash").to_pylist()
+    if None not in hashes:
+        return sources
+    first_ids = plan_ranges(sources, config)
+    ranges = (
+        _Range(first_id=first, rows=rows_of(sources.table.slice(first, end - first)))
+        for first, end in itertools.pairwise(first_ids)
+    )
+    progress = Progress("hashing", len(sources), "images")
+    make_hasher = functools.partial(_Hasher, config)
+    for first_id, found in map_items(ranges, make_hasher, config.cluster):
+        hashes[first_id : first_id + len(found)] = found
+        progress.update(len(found))
+    progress.close()
+    return with_hashes(sources, hashes)
+
+
+class _Hasher:
+    """Hashes the contents of a range of sources."""
+
+    def __init__(self, config: PrepareConfig) -> None:
+        self._config = config
+        self._pool = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="read")
+
+    def __call__(self, item: _Range) -> tuple[int, list[bytes | None]]:
+        images = _images(item.rows, self._config, self._pool)
+        hashes = [None if isinstance(image, Rejected) else _sha256(image) for image in images]
+        return item.first_id, hashes
+
+
+def _sha256(data: bytes) -> bytes:
+    return bytes.fromhex(sha256_hex(data))
+
+
+def _images(
+    rows: list[Source], config: PrepareConfig, pool: ThreadPoolExecutor
+) -> Iterator[bytes | Rejected]:
+    return read_images(
+        rows, image_column=config.image_column, max_file_bytes=config.decode.max_file_bytes, pool=pool
+    )
+
+
+# ------------------------------------------------------------------------------------------------ one dataset
+
+
+def plan_ranges(sources: Sources, config: PrepareConfig) -> tuple[int, ...]:
+    """First ids of the shards, and the end: as many images as fit both limits, never of two tars."""
+    table = sources.table
+    num_bytes = table.column("bytes").to_numpy()
+    unread = ~np.array(table.column("reject_reason").is_null()) | (num_bytes > config.decode.max_file_bytes)
+    ends = np.cumsum(np.where(unread, 0, num_bytes) + _TAR_OVERHEAD_BYTES)
+    cuts = [len(table)]
+    if sources.kind == "tars":
+        files = table.column("path").combine_chunks().dictionary_encode().indices.to_numpy()
+        cuts = [*(np.flatnonzero(np.diff(files)) + 1).tolist(), len(table)]
+    first_ids, position = [0], 0
+    for cut in cuts:
+        while position < cut:
+            begun = int(ends[position - 1]) if position else 0
+            fitting = int(np.searchsorted(ends, begun + config.max_shard_bytes, side="right"))
+            position = min(cut, position + config.max_shard_samples, max(fitting, position + 1))
+            first_ids.append(position)
+    return tuple(first_ids)
+
+
+def plan_dataset(config: PrepareConfig, sources: Sources) -> Plan:
+    """The plan of an image dataset: a function of the frozen listing and the settings."""
+    return Plan(
+        kind="images",
+        inputs={"sources": sha256_hex(sources.to_bytes())},
+        recipe={"decode": decode_recipe(config.decode), "image_column": config.image_column},
+        first_ids=plan_ranges(sources, config),
+        views=1,
+        header={
+            "class_names": None if sources.class_names is None else list(sources.class_names),
+            "source": {"kind": sources.kind, **sources.origin},
+        },
+    )
+
+
+def _write_dataset(config: PrepareConfig, root: str, sources: Sources) -> None:
+    plan = commit.start(root, plan_dataset(config, sources), beside=(SOURCES, CONFIG))
+    if storage.exists(storage.join(root, MANIFEST)):
+        manifest = read_manifest(root)
+        print(f"{root} is finished already", flush=True)
+    else:
+        record = {"config": identity(config, ("output", "cluster")), "code_version": code_version()}
+        storage.create(storage.join(root, CONFIG), canonical_json(record) + b"\n")
+        _write_shards(config, root, plan)
+        manifest = commit.finish(root, plan, functools.partial(decode_image, config=config.decode))
+    _print_account(root, manifest)
+
+
+def _write_shards(config: PrepareConfig, root: str, plan: Plan) -> None:
+    waiting = list(commit.pending(root, plan))
+    total = plan.first_ids[-1]
+    done = total - sum(item.samples for item in waiting)
+    progress = Progress(f"preparing {storage.name(root)}", total, "images", done=done)
+    make_preparer: Callable[[], Preparer] = functools.partial(Preparer, config, root, plan)
+    rejected = 0
+    for samples, rejects in map_items(waiting, make_preparer, config.cluster):
+        rejected += rejects
+        progress.update(samples + rejects, rejected=rejected)
+    progress.close(rejected=rejected)
+
+
+class Preparer:
+    """Writes the shard of one id range: read, decode to prove, build, commit. Returns (written, rejected)."""
+
+    def __init__(self, config: PrepareConfig, root: str, plan: Plan) -> None:
+        self._config = config
+        self._root = root
+        self._plan = plan
+        self._pool = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="read")
+
+    def __call__(self, item: Item) -> tuple[int, int]:
+        rows = read_rows(storage.join(self._root, SOURCES), item.first_id, item.end_id)
+        samples: list[StoredSample] = []
+        rejects: list[RejectedSample] = []
+        images = _images(rows, self._config, self._pool)
+        for sample_id, source, image in zip(itertools.count(item.first_id), rows, images, strict=False):
+            try:
+                samples.append(self._sample(sample_id, source, image))
+            except Rejected as rejected:
+                rejects.append(
+                    RejectedSample(
+                        sample_id=sample_id,
+                        source=source.name,
+                        reason=rejected.reason,
+                        message=rejected.message,
+                    )
+                )
+        foreign = None
+        if rows[0].offset >= 0 or self._is_tar:
+            found = check_unchanged(rows[0].url, rows[0].version)
+            foreign = ForeignTar(url=found.url, bytes=found.bytes, version=found.version)
+        built = build_shard(samples, rejects, grid=None, codebook_size=None, foreign=foreign)
+        receipt = commit.commit(self._root, self._plan, item, built)
+        return receipt.samples, sum(receipt.rejected.values())
+
+    @property
+    def _is_tar(self) -> bool:
+        return self._plan.header["source"]["kind"] == "tars"
+
+    def _sample(self, sample_id: int, source: Source, image: bytes | Rejected) -> StoredSample:
+        """The sample, its image decoded once and found readable; raises Rejected."""
+        if isinstance(image, Rejected):
+            raise image
+        decoded = decode(image, self._config.decode)
+        height, width = decoded.pixels.shape[:2]
+        return StoredSample(
+            sample_id=sample_id,
+            view=0,
+            image=image,
+            extension=decoded.extension,
+            source=source.name,
+            source_width=width,
+            source_height=height,
+            label=source.label,
+            image_offset=source.offset if self._is_tar else None,
+        )
+
+
+def _print_account(root: str, manifest: Manifest) -> None:
+    reasons = Counter(manifest.samples_rejected)
+    named = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+    rejected = f"{reasons.total():,} rejected" + (f" ({named})" if named else "")
+    print(
+        f"{root}: {manifest.samples_in:,} in = {manifest.samples_written:,} written + {rejected}", flush=True
+    )
+    if reasons:
+        print(f"what was rejected, and why: {storage.join(root, 'rejects')}/*.parquet", flush=True)
+    if manifest.samples_written == 0:
+        print(f"warning: no image could be read; {root} is an empty dataset", flush=True)
