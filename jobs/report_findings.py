@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.report_page import Interval, TableRow
+from jobs.report_page import TableRow
 from pipeline import artifacts, metrics, storage
 from pipeline.errors import InputError
 from pretrain.backbone import read_backbone_header
-from shards.manifest import Dataset, open_dataset
+from pretrain.evals import probe
+from shards.manifest import MANIFEST, Dataset, open_dataset
 from tokenizer.artifact import read_tokenizer
 
 
@@ -37,8 +39,8 @@ class ReportConfig:
     """Heading of the page."""
     sample_images: int = 400
     """Stored crops among which patches are grouped by code."""
-    codes_per_group: int = 7
-    """Codes shown as most consistent, and as many as most used."""
+    codes: int = 12
+    """Codes shown with patches: two thirds are the most consistent, the rest the most used."""
     patches_per_code: int = 12
     """Patches shown of each code."""
     predictions: int = 6
@@ -47,7 +49,7 @@ class ReportConfig:
     """Decides which patches are hidden."""
 
     def __post_init__(self) -> None:
-        for key in ("sample_images", "codes_per_group", "patches_per_code", "predictions"):
+        for key in ("sample_images", "codes", "patches_per_code", "predictions"):
             if getattr(self, key) < 1:
                 raise InputError(f"--{key} is {getattr(self, key)}; give at least 1")
 
@@ -64,7 +66,7 @@ class Findings:
     backbone: dict[str, Any] | None = None
     """Header of the artifact."""
     probe: dict[str, Any] | None = None
-    """Header of the probe's artifact."""
+    """Result of the probe."""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By name: {"seconds": …, "steps": …, "finished": …}."""
     left_out: dict[str, str] = field(default_factory=dict)
@@ -79,70 +81,63 @@ def find(config: ReportConfig) -> Findings:
     """Open what the configuration names. Only when none of it is there, this is an InputError."""
     found = Findings()
 
-    def missing(name: str, error: InputError) -> None:
-        found.absent[name] = str(error)
+    def opened(name: str, read: Callable[[str], Any]) -> Any:
+        """What `read` makes of an input; None, with the reason noted, where the input is not there."""
+        url = getattr(config, name)
+        try:
+            if url is None:
+                raise InputError(f"no --{name} was given")
+            return read(storage.absolute(url))
+        except InputError as error:
+            found.absent[name] = str(error)
+            return None
 
-    for name in ("images", "tokenizer", "shards", "backbone", "probe", "pipeline_summary"):
-        if getattr(config, name) is None:
-            found.absent[name] = f"no --{name} was given"
-    if config.images is not None:
-        try:
-            found.images = _open_images(storage.absolute(config.images))
-        except InputError as error:
-            missing("images", error)
-    if config.tokenizer is not None:
-        try:
-            found.tokenizer = read_tokenizer(storage.absolute(config.tokenizer)).header
-        except InputError as error:
-            missing("tokenizer", error)
-    if config.shards is not None:
-        try:
-            found.tokens = open_dataset(config.shards, "tokens")
-        except InputError as error:
-            missing("shards", error)
-    if config.backbone is not None:
-        try:
-            found.backbone = read_backbone_header(storage.absolute(config.backbone))
-        except InputError as error:
-            missing("backbone", error)
-    if config.probe is not None:
-        url = storage.absolute(config.probe)
-        found.probe = artifacts.read_header(url, "probe")
-        if found.probe is None:
-            found.absent["probe"] = f"no finished probe at {url}"
-    if config.pipeline_summary is not None:
-        try:
-            _read_pipeline(found, storage.absolute(config.pipeline_summary))
-        except InputError as error:
-            missing("pipeline_summary", error)
+    found.images = opened("images", _open_images) or {}
+    found.tokenizer = opened("tokenizer", lambda url: read_tokenizer(url).header)
+    found.tokens = opened("shards", lambda url: open_dataset(url, "tokens"))
+    found.backbone = opened("backbone", read_backbone_header)
+    found.probe = opened("probe", _read_probe)
+    summary = opened("pipeline_summary", _read_pipeline)
+    if summary is not None:
+        found.stages, found.left_out = summary["stages"], summary.get("left_out", {})
+        if found.probe is None and config.probe is None and "probe_linear" in found.left_out:
+            found.absent["probe"] = found.left_out["probe_linear"]
+    if not any((found.images, found.tokenizer, found.tokens, found.backbone, found.probe, found.stages)):
+        raise InputError(f"there is nothing to report on: {'; '.join(found.absent.values())}")
     for name, url in (("tokenizer", config.tokenizer), ("backbone", config.backbone)):
         if url is not None:
             found.curves[name] = metrics.read_metrics(storage.absolute(url))
-    if "probe_linear" in found.left_out:
-        found.absent["probe"] = found.left_out["probe_linear"]
-    if not (found.images or found.tokenizer or found.tokens or found.backbone or found.probe or found.stages):
-        raise InputError(f"there is nothing to report on: {'; '.join(found.absent.values())}")
     return found
 
 
 def _open_images(url: str) -> dict[str, Dataset]:
-    splits = [
-        split for split in ("train", "val") if storage.exists(storage.join(url, split, "manifest.json"))
-    ]
+    splits = [split for split in ("train", "val") if storage.exists(storage.join(url, split, MANIFEST))]
     if splits:
         return {split: open_dataset(storage.join(url, split), "images") for split in splits}
     return {"": open_dataset(url, "images")}
 
 
-def _read_pipeline(found: Findings, url: str) -> None:
+def _read_probe(url: str) -> dict[str, Any]:
+    header = artifacts.read_header(url, probe.ARTIFACT)
+    if header is None:
+        raise InputError(f"there is no finished probe at {url}; give the --output of probe_linear")
+    result = header["result"]
+    if result["skipped"] is not None:
+        raise InputError(f"the probe was skipped: {result['skipped']}")
+    return result
+
+
+def _read_pipeline(url: str) -> dict[str, Any]:
     data = storage_bytes(url)
     if data is None:
         raise InputError(f"there is no pipeline summary at {url}; give the pipeline.json of run_pipeline")
     try:
         summary = json.loads(data)
-        found.stages, found.left_out = dict(summary["stages"]), dict(summary.get("left_out", {}))
+        if not isinstance(summary["stages"], dict):
+            raise TypeError("stages")
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{url} is no pipeline summary; give the pipeline.json of run_pipeline") from None
+    return summary
 
 
 def storage_bytes(url: str) -> bytes | None:
@@ -158,103 +153,125 @@ def storage_bytes(url: str) -> bytes | None:
 
 def summary_rows(found: Findings) -> list[TableRow]:
     """The lines of the summary, for page and terminal alike."""
-    rows: list[TableRow] = []
-
-    def add(group: str, name: str, value: str, note: str = "") -> None:
-        rows.append(TableRow(group=group, name=name, value=value, note=note))
-
-    def say_missing(group: str, key: str) -> None:
-        rows.append(TableRow(group=group, name="", value="—", note=found.absent[key], missing=True))
-
-    if found.images:
-        manifests = [dataset.manifest for dataset in found.images.values()]
-        reasons: dict[str, int] = {}
-        for manifest in manifests:
-            for reason, count in manifest.samples_rejected.items():
-                reasons[reason] = reasons.get(reason, 0) + count
-        counts = (
-            sum(manifest.samples_in for manifest in manifests),
-            sum(manifest.samples_written for manifest in manifests),
-            sum(reasons.values()),
-        )
-        splits = ", ".join(
-            f"{split} {dataset.manifest.samples_written:,}"
-            for split, dataset in found.images.items()
-            if split
-        )
-        add("Images", "in / written / rejected", " / ".join(f"{count:,}" for count in counts), splits)
-        if reasons:
-            add("", "rejected because", ", ".join(f"{reason} {count:,}" for reason, count in reasons.items()))
-    else:
-        say_missing("Images", "images")
-
-    if found.tokenizer is not None:
-        figures, size = found.tokenizer["metrics"], found.tokenizer["config"]["codebook_size"]
-        held_out = any(record["split"] == "val" for record in found.curves.get("tokenizer", []))
-        where = "held-out images" if held_out else "training images"
-        teacher = found.tokenizer["teacher"].get("name", "the teacher")
-        loss = f"{figures['reconstruction_loss']:.4f}"
-        add("Tokenizer", "reconstruction loss", loss, f"1 − cosine to {teacher}, {where}")
-        usage = figures["codebook_usage"]
-        add(
-            "Tokenizer",
-            "codebook usage",
-            f"{100 * usage:.1f} %",
-            f"{usage * size:.0f} of {size:,} codes, {where}",
-        )
-        add("Tokenizer", "perplexity", f"{figures['perplexity']:,.1f}", f"of at most {size:,}, {where}")
-    else:
-        say_missing("Tokenizer", "tokenizer")
-
-    if found.tokens is not None:
-        manifest = found.tokens.manifest
-        views = f"{manifest.num_views} view{'s' if manifest.num_views > 1 else ''} of each image"
-        add("Token shards", "crops with codes", f"{manifest.samples_written:,}", views)
-        if manifest.samples_rejected:
-            add("Token shards", "rejected", f"{sum(manifest.samples_rejected.values()):,}")
-    else:
-        say_missing("Token shards", "shards")
-
-    if found.backbone is not None:
-        figures = found.backbone["run"].get("metrics", {})
-        last = "mean over the last logged steps"
-        for head, suffix in (("main head", ""), ("[CLS] head", "_cls")):
-            if (loss := figures.get(f"loss{suffix}")) is not None:
-                add("MIM", f"loss, {head}", f"{loss:.3f}", f"cross-entropy on masked patches, {last}")
-            if (accuracy := figures.get(f"accuracy{suffix}")) is not None:
-                add(
-                    "MIM",
-                    f"accuracy, {head}",
-                    f"{100 * accuracy:.1f} %",
-                    f"masked patches whose code was predicted, {last}",
-                )
-    else:
-        say_missing("MIM", "backbone")
-
-    if found.probe is not None:
-        for row in probe_intervals(found.probe):
-            value = f"{100 * row.value:.1f} % [{100 * row.low:.1f}, {100 * row.high:.1f}]"
-            add("Linear probe", row.label, value)
-        add("Linear probe", "gain", *probe_verdict(found.probe))
-    else:
-        say_missing("Linear probe", "probe")
-
-    if found.stages:
-        for name, stage in found.stages.items():
-            steps = f"{stage['steps']:,} steps" if stage.get("steps") else ""
-            add("Stages", name, metrics.duration(float(stage["seconds"])), steps)
-        total = sum(float(stage["seconds"]) for stage in found.stages.values())
-        add("Stages", "all", metrics.duration(total))
-    else:
-        say_missing("Stages", "pipeline_summary")
+    parts = (
+        ("Images", "images", _image_lines(found)),
+        ("Tokenizer", "tokenizer", _tokenizer_lines(found)),
+        ("Token shards", "shards", _token_lines(found)),
+        ("MIM", "backbone", _mim_lines(found)),
+        ("Linear probe", "probe", _probe_lines(found)),
+        ("Stages", "pipeline_summary", _stage_lines(found)),
+    )
+    rows = []
+    for group, key, lines in parts:
+        rows += [TableRow(group=group, name=name, value=value, note=note) for name, value, note in lines]
+        if not lines:
+            rows.append(TableRow(group=group, name="—", value="", note=found.absent[key]))
     return rows
 
 
-def probe_intervals(probe: Mapping[str, Any]) -> list[Interval]:
-    """Accuracies of the probe with their confidence intervals, the pretrained backbone first."""
-    raise NotImplementedError
+Lines = list[tuple[str, str, str]]
+"""(name, value, note)."""
 
 
-def probe_verdict(probe: Mapping[str, Any]) -> tuple[str, str]:
-    """The gain in points of accuracy over the better of the two baselines, and whether it can be trusted."""
-    raise NotImplementedError
+def _image_lines(found: Findings) -> Lines:
+    manifests = {split: dataset.manifest for split, dataset in found.images.items()}
+    if not manifests:
+        return []
+    reasons: Counter[str] = Counter()
+    for manifest in manifests.values():
+        reasons.update(manifest.samples_rejected)
+    counts = (
+        sum(manifest.samples_in for manifest in manifests.values()),
+        sum(manifest.samples_written for manifest in manifests.values()),
+        reasons.total(),
+    )
+    splits = ", ".join(
+        f"{split} {manifest.samples_written:,}" for split, manifest in manifests.items() if split
+    )
+    lines = [("in / written / rejected", " / ".join(f"{count:,}" for count in counts), splits)]
+    if reasons:
+        lines.append(("rejected because", ", ".join(f"{why} {n:,}" for why, n in reasons.most_common()), ""))
+    return lines
+
+
+def _tokenizer_lines(found: Findings) -> Lines:
+    if found.tokenizer is None:
+        return []
+    figures, size = found.tokenizer["metrics"], found.tokenizer["config"]["codebook_size"]
+    held_out = any(record["split"] == "val" for record in found.curves["tokenizer"])
+    where = "held-out images" if held_out else "training images"
+    usage, teacher = figures["codebook_usage"], found.tokenizer["teacher"].get("name", "the teacher")
+    return [
+        ("reconstruction loss", f"{figures['reconstruction_loss']:.4f}", f"1 − cosine to {teacher}, {where}"),
+        ("codebook usage", percent(usage), f"{usage * size:.0f} of {size:,} codes, {where}"),
+        ("perplexity", f"{figures['perplexity']:,.1f}", f"of at most {size:,}, {where}"),
+    ]
+
+
+def _token_lines(found: Findings) -> Lines:
+    if found.tokens is None:
+        return []
+    manifest = found.tokens.manifest
+    views = f"{manifest.num_views} view{'s' if manifest.num_views > 1 else ''} of each image"
+    lines = [("crops with codes", f"{manifest.samples_written:,}", views)]
+    if manifest.samples_rejected:
+        why = ", ".join(f"{reason} {count:,}" for reason, count in manifest.samples_rejected.items())
+        lines.append(("rejected", f"{sum(manifest.samples_rejected.values()):,}", why))
+    return lines
+
+
+def _mim_lines(found: Findings) -> Lines:
+    if found.backbone is None:
+        return []
+    figures = found.backbone["run"].get("metrics", {})
+    lines = []
+    for head, suffix in (("main head", ""), ("[CLS] head", "_cls")):
+        loss, accuracy = figures.get(f"loss{suffix}"), figures.get(f"accuracy{suffix}")
+        if loss is not None and accuracy is not None:
+            lines.append((f"loss, {head}", f"{loss:.3f}", "cross-entropy per masked patch, last steps"))
+            lines.append((f"accuracy, {head}", percent(accuracy), "masked patches whose code was predicted"))
+    return lines or [("backbone", "no figures", "it was not pretrained here")]
+
+
+def _probe_lines(found: Findings) -> Lines:
+    if found.probe is None:
+        return []
+    lines = []
+    for score in found.probe["scores"]:
+        value = f"{percent(score['top1'])}  [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
+        lines.append((score["label"], value, "top-1 and its 95 % interval"))
+    for comparison in found.probe["comparisons"]:
+        lines.append((f"gain over {comparison['over']}", *comparison_words(comparison)))
+    return lines
+
+
+def _stage_lines(found: Findings) -> Lines:
+    lines = []
+    for name, stage in found.stages.items():
+        state = [] if stage.get("finished", True) else ["did not finish"]
+        if stage.get("steps"):
+            seconds = float(stage["seconds"])
+            state.append(f"{stage['steps']:,} steps, {1000 * seconds / stage['steps']:,.0f} ms each")
+        lines.append((name, metrics.duration(float(stage["seconds"])), ", ".join(state)))
+    if lines:
+        total = sum(float(stage["seconds"]) for stage in found.stages.values())
+        lines.append(("all", metrics.duration(total), ""))
+    lines += [(name, "left out", reason) for name, reason in found.left_out.items()]
+    return lines
+
+
+def comparison_words(comparison: Mapping[str, Any]) -> tuple[str, str]:
+    """A comparison of the probe as points of accuracy with their interval, and what that allows to say."""
+    low, high = 100 * comparison["low"], 100 * comparison["high"]
+    points = f"{100 * comparison['difference']:+.1f} points  [{low:+.1f}, {high:+.1f}]"
+    verdict = {
+        "gain": "a gain: the interval lies above zero",
+        "loss": "a loss: the interval lies below zero",
+        "within": "inside the confidence interval: no gain is shown",
+    }[comparison["verdict"]]
+    return points, verdict
+
+
+def percent(share: float) -> str:
+    """`12.3 %`."""
+    return f"{100 * share:.1f} %"

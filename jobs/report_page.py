@@ -10,7 +10,7 @@ import html
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -49,13 +49,12 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableRow:
-    """One line of the summary. `note` qualifies the value; `missing` says that there was nothing to read."""
+    """One line of the summary; `note` qualifies the value, or says why there is none."""
 
     group: str
     name: str
     value: str
     note: str = ""
-    missing: bool = field(default=False)
 
 
 def escape(text: object) -> str:
@@ -89,8 +88,7 @@ def summary(rows: Sequence[TableRow]) -> str:
         head = f'<th class="group">{escape(row.group)}</th>' if row.group != group else "<th></th>"
         opening = ' class="first"' if row.group != group else ""
         group = row.group
-        style = "value missing" if row.missing else "value"
-        cells = f'<td>{escape(row.name)}</td><td class="{style}">{escape(row.value)}</td>'
+        cells = f'<td>{escape(row.name)}</td><td class="value">{escape(row.value)}</td>'
         lines.append(f'<tr{opening}>{head}{cells}<td class="muted">{escape(row.note)}</td></tr>')
     return "\n".join([*lines, "</table></div>"])
 
@@ -156,9 +154,8 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str) -> str:
             parts.append(_polyline(x_axis, y_axis, points, color, "1.5", dash="4 3"))
             for x, y in _thinned(points, 60):
                 tip = f"{one.label}, {x_label} {x:g}: {_figure(y)}"
-                parts.append(
-                    f'<circle cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}" r="3" fill="{color}">{_tip(tip)}</circle>'
-                )
+                place = f'cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}" r="3" fill="{color}"'
+                parts.append(f"<circle {place}>{_tip(tip)}</circle>")
         elif len(points) > 40:
             parts.append(_polyline(x_axis, y_axis, _thinned(points, 400), color, "1", opacity="0.3"))
             parts.append(_polyline(x_axis, y_axis, _running_mean(points, 80), color, "2"))
@@ -175,11 +172,15 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str) -> str:
     )
 
 
-def interval_chart(rows: Sequence[Interval], *, chance: float | None) -> str:
-    """Horizontal bars of shares in [0, 1] with whiskers for their confidence intervals; the first stands out."""
+def interval_chart(rows: Sequence[Interval], *, reference: tuple[str, float]) -> str:
+    """Horizontal bars of shares in [0, 1] with whiskers for their intervals; the first stands out.
+
+    `reference` is a named share to compare with, drawn as a line.
+    """
     width, left, right, pitch = 640, 190, 60, 28
     foot = pitch * len(rows) + 8
-    top = max([row.high for row in rows] + ([chance] if chance else []))
+    name, share = reference
+    top = max([*(row.high for row in rows), share])
     axis = _Axis(0, min(1.0, top * 1.12), left, width - right)
     parts = []
     for tick in _ticks(axis.low, axis.high, 5):
@@ -194,18 +195,14 @@ def interval_chart(rows: Sequence[Interval], *, chance: float | None) -> str:
         tip = f"{row.label}: {100 * row.value:.1f} % [{100 * row.low:.1f}, {100 * row.high:.1f}]"
         parts += [
             _text(left - 10, y + 13, row.label, anchor="end", ink=True),
-            f'<rect x="{left}" y="{y}" width="{axis(row.value) - left:.1f}" height="18" rx="2" fill="{color}">'
+            f'<rect x="{left}" y="{y}" width="{axis(row.value) - left:.1f}" height="18" fill="{color}">'
             f"{_tip(tip)}</rect>",
             _line("whisker", low, y + 9, high, y + 9),
             _line("whisker", low, y + 5, low, y + 13),
             _line("whisker", high, y + 5, high, y + 13),
             _text(high + 8, y + 13, f"{100 * row.value:.1f} %", anchor="start", ink=True),
         ]
-    if chance:
-        parts += [
-            _line("reference", axis(chance), 4, axis(chance), foot),
-            _text(axis(chance), foot + 30, "chance"),
-        ]
+    parts += [_line("reference", axis(share), 4, axis(share), foot), _text(axis(share), foot + 30, name)]
     return _svg(parts, "linear probe accuracies", width=width, height=foot + 34)
 
 
@@ -302,7 +299,7 @@ def _polyline(
 
 def _svg(parts: Sequence[str], label: str, *, width: int = _WIDTH, height: int = _HEIGHT) -> str:
     opening = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}"'
-    return f'{opening} style="max-width:{width}px">{"".join(parts)}</svg>'
+    return f"{opening}>{''.join(parts)}</svg>"
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
@@ -365,7 +362,7 @@ h1{font-size:28px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em}
 h2{font-size:19px;margin:36px 0 8px}
 h3{font-size:14px;margin:0 0 2px}
 p{margin:6px 0 12px;max-width:76ch}
-.muted,figcaption,.missing{color:var(--muted)}
+.muted,figcaption{color:var(--muted)}
 .verdict{border-left:3px solid var(--series-0);padding:4px 0 4px 12px;font-weight:600}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
@@ -373,7 +370,6 @@ td,th{padding:5px 14px 5px 0;text-align:left;vertical-align:top;font-weight:400}
 .summary .first td,.summary .first th{border-top:1px solid var(--rule)}
 .summary .group{font-weight:600;white-space:nowrap}
 .summary .value{font-weight:600;white-space:nowrap}
-.summary .missing{font-weight:400}
 .plain th{color:var(--muted);font-size:13px;border-bottom:1px solid var(--rule)}
 .plain td{border-bottom:1px solid var(--rule)}
 .plain td:not(:first-child),.plain th:not(:first-child){text-align:right}
@@ -394,11 +390,12 @@ svg text.ink{fill:var(--ink);font-size:13px}
 .whisker{stroke:var(--ink);stroke-width:1.5;fill:none}
 img{display:block;max-width:100%;height:auto;border-radius:3px}
 .hard{image-rendering:pixelated}
-.code{display:grid;grid-template-columns:96px 1fr;gap:12px;align-items:center;margin:6px 0}
+.code{display:grid;grid-template-columns:132px 1fr;gap:12px;align-items:center;margin:6px 0}
 .code b{display:block}
 .code span{font-size:12.5px;color:var(--muted)}
 .row{display:grid;grid-template-columns:repeat(var(--columns),minmax(0,1fr));gap:8px;margin:0 0 8px}
-.tiles{display:flex;flex-wrap:wrap;gap:4px}
+.tiles{display:flex;gap:4px}
+.tiles img{min-width:0;flex:0 1 auto}
 .row img{width:100%}
 .heads{font-size:12.5px;color:var(--muted);margin-bottom:4px}
 .key i{display:inline-block;width:11px;height:11px;border-radius:2px;margin:0 5px 0 12px;

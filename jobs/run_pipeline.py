@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,8 +121,6 @@ class Stage:
     """Headers that exist when, and only when, it is finished."""
     settings: StageConfig
     uses_cluster: bool = True
-    may_decline: bool = False
-    """True when it may end well without an artifact, such as a probe without labels."""
     echoes: bool = True
     """False keeps its output for the end: the report's is the summary."""
 
@@ -197,8 +196,12 @@ def stages(config: PipelineConfig) -> list[Stage]:
     )
     prepare = Stage(
         name="prepare_images",
-        flags={"source": at.images, "output": at.at("image_shards")}
-        | ({"val_fraction": str(config.val_fraction)} if at.split else {}),
+        flags={
+            "source": at.images,
+            "output": at.at("image_shards"),
+            # Said even when it is 0: the stage's own file may split.
+            "val_fraction": str(config.val_fraction),
+        },
         reads=drawn,
         writes=at.image_manifests,
         settings=config.prepare_images,
@@ -236,7 +239,6 @@ def stages(config: PipelineConfig) -> list[Stage]:
         reads=(at.backbone_header, *at.image_manifests),
         writes=(at.at("probe", "probe.json"),),
         settings=config.probe_linear,
-        may_decline=True,
     )
     left_out = left_out_stages(config)
     found = [draw, prepare, tokenizer, precompute, pretrain, probe]
@@ -304,10 +306,8 @@ class StageRecord:
     inputs: str
     """Fingerprint of the headers it read."""
     artifact: str | None
-    """Fingerprint of the headers it wrote; null when it failed or declined."""
+    """Fingerprint of the headers it wrote; null when it failed."""
     finished: bool
-    declined: str | None
-    """Why it ended well without an artifact: the last line it printed."""
     seconds: float
     """Wall time of all its attempts with these settings and inputs."""
     steps: int | None
@@ -335,10 +335,7 @@ def write_record(output: str, record: Mapping[str, StageRecord], left_out: Mappi
     data = {
         "format": RECORD_FORMAT,
         "stages": {name: asdict(entry) for name, entry in record.items()},
-        "left_out": {
-            **left_out,
-            **{name: entry.declined for name, entry in record.items() if entry.declined},
-        },
+        "left_out": dict(left_out),
     }
     storage.put(storage.join(output, RECORD_FILE), json.dumps(data, indent=2).encode() + b"\n")
 
@@ -375,9 +372,16 @@ def inputs_fingerprint(stage: Stage, images: str) -> str:
     """
     found: list[Any] = [artifact_fingerprint((url,)) for url in stage.reads]
     if stage.name == "prepare_images" and not stage.reads and storage.is_local(images):
-        listing = [(os.fsencode(f.url).hex(), f.bytes, f.version) for f in storage.list_files(images)]
-        found.append(listing or (stat.version if (stat := storage.stat(images)) else None))
+        found += [[os.fsencode(file.url).hex(), file.bytes, file.version] for file in _local_files(images)]
     return artifacts.fingerprint(found)
+
+
+def _local_files(images: str) -> list[storage.FileStat]:
+    """The files of a folder, a single file, or, for a pattern of files, those of the folder it is in."""
+    if (file := storage.stat(images)) is not None:
+        return [file]
+    folder = images if os.path.isdir(images) else os.path.dirname(re.split(r"[*?\[{]", images)[0])
+    return list(storage.list_files(folder))
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -463,10 +467,13 @@ def run_stages(config: PipelineConfig, run_stage: RunStage) -> None:
         settings, inputs = fingerprints[stage.name], inputs_fingerprint(stage, at.images)
         last = record.get(stage.name)
         unchanged = last is not None and (last.settings, last.inputs) == (settings, inputs)
-        before = artifact_fingerprint(stage.writes)
-        if last is not None and unchanged and last.finished and last.artifact == before:
-            how = "finished before" if before else "declined before"
-            print(f"{stage.name}: {how}, with the same settings and inputs; skipped", flush=True)
+        if (
+            last is not None
+            and unchanged
+            and last.finished
+            and last.artifact == artifact_fingerprint(stage.writes)
+        ):
+            print(f"{stage.name}: finished before, with the same settings and inputs; skipped", flush=True)
             continue
 
         print(f"{stage.name}: python -m jobs.{stage.name} {' '.join(argv)}", flush=True)
@@ -478,15 +485,12 @@ def run_stages(config: PipelineConfig, run_stage: RunStage) -> None:
             log.close()
         seconds = time.monotonic() - start + (last.seconds if last is not None and unchanged else 0.0)
         after = artifact_fingerprint(stage.writes)
-        finished = status == 0 and (after is not None or stage.may_decline)
+        finished = status == 0 and after is not None
         record[stage.name] = StageRecord(
             settings=settings,
             inputs=inputs,
             artifact=after,
             finished=finished,
-            declined=(log.tail[-1] if log.tail else "no reason given")
-            if finished and after is None
-            else None,
             seconds=round(seconds, 1),
             steps=_last_step(stage),
         )
@@ -554,7 +558,14 @@ def main(config: PipelineConfig) -> None:
             # Imported here: it brings Ray, which a run on this machine does not need in this process.
             from jobs.submission import JobServer
 
+            at = places_of(config)
+            for what, url in (("output", at.root), ("images", at.images)):
+                if storage.is_local(url):
+                    print(f"note: {what} {url} is no URL: every node of the cluster has to see it there")
             with JobServer.connect(config.address) as server:
+                for stage in stages(config):
+                    if stage.settings.config is not None:
+                        server.check_travels(stage.settings.config)
                 run_stages(config, lambda stage, argv, on_line: server.run(stage.name, argv, on_line))
 
 

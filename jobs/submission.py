@@ -73,7 +73,6 @@ class JobServer:
         A job of the same command line that still runs there, because its submitter went away, is followed
         instead of being started twice.
         """
-        self._check_travels(name, argv)
         entrypoint = shlex.join(["python", "-m", f"jobs.{name}", *argv])
         identity = f"{name}-{artifacts.fingerprint(entrypoint)[:8]}"
         known = {job.submission_id: job.status for job in self._client.list_jobs()}
@@ -93,7 +92,7 @@ class JobServer:
             print(f"{job_id}: still running, started by an earlier submission; following it", flush=True)
         try:
             return self._follow(job_id, _without_preamble(job_id, on_line))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             print(
                 f"{job_id}: goes on; the same command follows it again, `ray job stop {job_id}` ends it",
                 flush=True,
@@ -134,15 +133,12 @@ class JobServer:
             return 0
         return info.driver_exit_code or 1
 
-    def _check_travels(self, name: str, argv: Sequence[str]) -> None:
-        """InputError for a configuration file that is not in the package."""
-        if "--config" not in argv:
-            return
-        config = argv[list(argv).index("--config") + 1]
-        if storage.is_local(config) and config not in self._files:
+    def check_travels(self, config: str) -> None:
+        """InputError for a configuration file that the jobs would not find."""
+        if storage.is_local(config) and os.path.normpath(config) not in self._files:
             raise InputError(
-                f"{name}.config: {config} does not travel with a job; name a URL, or a path relative to the "
-                "working directory and below it that neither .gitignore nor .rayignore covers"
+                f"{config} does not travel with a job; name a URL, or a path relative to the working folder, "
+                "below it, that neither .gitignore nor .rayignore covers"
             )
 
 

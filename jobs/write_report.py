@@ -20,13 +20,13 @@ from jobs import report_page
 from jobs.report_findings import (
     Findings,
     ReportConfig,
+    comparison_words,
     find,
-    probe_intervals,
-    probe_verdict,
+    percent,
     storage_bytes,
     summary_rows,
 )
-from jobs.report_page import Section, Series
+from jobs.report_page import Interval, Section, Series
 from pipeline import metrics, storage
 from pipeline.config import run_job
 from pipeline.errors import InputError
@@ -34,6 +34,7 @@ from pretrain.evals import report as pictures
 from pretrain.mim import load_mim
 from shards.manifest import Dataset
 from shards.reader import ShardReader
+from shards.summary import CodeStatistics, code_statistics, count_codes
 from shards.views import ViewPolicy
 from tokenizer.artifact import VisualTokenizer, load_vqkd, read_tokenizer
 
@@ -41,12 +42,14 @@ RIGHT, WRONG = (31, 157, 85), (211, 63, 63)
 """Tints of hidden patches whose code was guessed, and of those whose code was not."""
 PICTURE = 224
 """Side of the pictures of predictions, in pixels."""
+COUNTED_SAMPLES = 2_000_000
+"""Larger datasets have their codes counted over the sample only: the others' index files would take minutes."""
 TILE = 72
 """Side of a patch with its surroundings, in pixels."""
 
 
 def write_report(config: ReportConfig) -> str:
-    """Write the page and return its URL. InputError when there is nothing to report on, or the URL is taken."""
+    """Write the page and return its URL; InputError when there is nothing to report, or the URL is taken."""
     url = storage.absolute(config.output)
     if not url.endswith(".html"):
         url = storage.join(url, "report.html")
@@ -61,7 +64,7 @@ def write_report(config: ReportConfig) -> str:
         Section(title="Linear probe", body=_probe_body(found)),
         Section(title="Where it comes from", body=_provenance_body(config, found)),
     ]
-    lead = "What the tokenizer tells apart, what the backbone learned to predict, and what its features are worth."
+    lead = "What the tokenizer tells apart, what the backbone predicts, and what its features are worth."
     storage.put(url, report_page.page(config.title, lead, sections).encode())
     return url
 
@@ -126,7 +129,7 @@ def _curves_body(found: Findings) -> str:
         charts += [chart for chart in drawn if chart]
         if not any(drawn):
             silent.append(found.absent.get(name, f"the {name} has no {metrics.METRICS_FILE}"))
-    said = "".join(report_page.paragraph(f"Not shown: {reason}.", muted=True) for reason in silent)
+    said = "".join(_not_shown(reason) for reason in silent)
     return (report_page.grid(charts, min_width=400) if charts else "") + said
 
 
@@ -148,39 +151,52 @@ def _series(panel: _Panel, records: Sequence[Mapping[str, Any]]) -> list[Series]
 
 def _codebook_body(config: ReportConfig, found: Findings) -> str:
     if found.tokens is None:
-        return report_page.paragraph(f"Not shown: {found.absent['shards']}.", muted=True)
-    return _usage_body(found.tokens) + _groups_body(config, found.tokens)
-
-
-def _usage_body(tokens: Dataset) -> str:
-    raise NotImplementedError
-
-
-def _groups_body(config: ReportConfig, tokens: Dataset) -> str:
-    count = min(config.sample_images, _smallest_view(tokens))
+        return _not_shown(found.absent["shards"])
+    tokens, count = found.tokens, min(config.sample_images, _smallest_view(found.tokens))
     crops, codes = _stored_crops(tokens, count)
-    assert tokens.manifest.tokenizer is not None
-    patch_size = tokens.manifest.tokenizer["patch_size"]
+    tokenizer = tokens.manifest.tokenizer
+    assert tokenizer is not None
+    if tokens.manifest.samples_written <= COUNTED_SAMPLES:
+        counts, where = count_codes(tokens), "all stored crops"
+    else:
+        counts = np.bincount(codes.ravel(), minlength=tokenizer["codebook_size"])
+        where = f"{count:,} stored crops"
+    return _usage_body(code_statistics(counts), counts, where) + _groups_body(
+        config, crops, codes, tokenizer["patch_size"]
+    )
+
+
+def _usage_body(codes: CodeStatistics, counts: np.ndarray, where: str) -> str:
+    used = codes.codebook_size - codes.num_dead
+    lead = (
+        f"Over {where}, {codes.patches:,} patches: {used:,} of {codes.codebook_size:,} codes occur "
+        f"({percent(codes.usage)}), perplexity {codes.perplexity:,.1f}."
+    )
+    return report_page.paragraph(lead) + report_page.rank_chart(counts.tolist())
+
+
+def _groups_body(config: ReportConfig, crops: np.ndarray, codes: np.ndarray, patch_size: int) -> str:
+    num_used = config.codes // 3
     consistent, used = pictures.group_by_code(
         crops,
         codes,
         patch_size=patch_size,
-        num_codes=config.codes_per_group,
+        num_consistent=config.codes - num_used,
+        num_used=num_used,
         per_code=config.patches_per_code,
     )
     if not consistent:
-        few = f"no code has {pictures.MIN_PATCHES} patches in {pictures.MIN_IMAGES} of {count:,} crops"
-        return report_page.paragraph(f"No patches grouped by code: {few}.", muted=True)
-    parts = [
-        "<h3>Patches grouped by code</h3>",
-        report_page.paragraph(
-            f"Each row is one code: the boxed patches of {patch_size} px, with their surroundings, that the "
-            f"tokenizer gave it, from {count:,} stored crops. Likeness is the mean cosine between the patches' "
-            "gradient histograms."
-        ),
-        *(f"<h4>{name}</h4>" + "".join(_group_row(group) for group in groups)
-          for name, groups in (("Most consistent", consistent), ("Most used of the others", used)) if groups),
-    ]  # fmt: skip
+        few = f"no code has {pictures.MIN_PATCHES} patches in {pictures.MIN_IMAGES} of {len(crops):,} crops"
+        return _not_shown(f"patches grouped by code: {few}")
+    lead = (
+        f"Each row is one code: the boxed patches of {patch_size} px, with their surroundings, that the tokenizer "
+        f"gave it, from {len(crops):,} stored crops. Likeness is the mean cosine between gradient histograms of "
+        "its patches; the most consistent are chosen among codes of more than median contrast."
+    )
+    parts = ["<h3>Patches grouped by code</h3>", report_page.paragraph(lead)]
+    for name, groups in (("Most consistent", consistent), ("Most used of the others", used)):
+        if groups:
+            parts.append(f"<h4>{name}</h4>" + "".join(_group_row(group) for group in groups))
     return "".join(parts)
 
 
@@ -229,8 +245,7 @@ class _Examples:
 def _predictions_body(config: ReportConfig, found: Findings) -> str:
     examples = _examples(config, found)
     if examples is None:
-        why = "codes come from token shards, or from images and a tokenizer"
-        return report_page.paragraph(f"Not shown: {why}, and neither is there.", muted=True)
+        return _not_shown("codes come from token shards, or from images and a tokenizer; neither is there")
     codebook, size = None, int(examples.codes.max()) + 1
     if found.tokenizer is not None and config.tokenizer is not None:
         vqkd = load_vqkd(read_tokenizer(storage.absolute(config.tokenizer)))
@@ -259,8 +274,8 @@ def _predictions_body(config: ReportConfig, found: Findings) -> str:
     if hits_cls is not None:
         heads += f", {100 * hits_cls:.1f} % by the [CLS] head"
     lead = (
-        f"{len(predictions)} {examples.origin}. The model sees the image with grey patches and guesses the codes "
-        f"of what is hidden. {meaning} On these: {heads}."
+        f"{len(predictions)} {examples.origin}. The model sees the image with grey patches and guesses the "
+        f"codes of what is hidden. {meaning} On these: {heads}."
     )
     key = (
         f'<p class="heads key">Last column:<i style="--c:rgb{RIGHT}"></i>guessed'
@@ -283,7 +298,7 @@ def _predictions_body(config: ReportConfig, found: Findings) -> str:
 
 
 def _examples(config: ReportConfig, found: Findings) -> _Examples | None:
-    """Held-out images with fresh codes if there are any; else stored crops; else whatever images there are."""
+    """Held-out images and their codes if there are any; else stored crops; else the images there are."""
     splits = ["val"] if "val" in found.images else []
     if found.tokens is None:
         splits += [split for split in ("", "train") if split in found.images]
@@ -333,9 +348,10 @@ def _smallest_view(dataset: Dataset) -> int:
 
 
 def _row(panels: Sequence[np.ndarray], titles: Sequence[str]) -> str:
-    cells = (
-        report_page.image(panel, title, width=PICTURE) for panel, title in zip(panels, titles, strict=True)
-    )
+    cells = [
+        report_page.image(panel, title, width=PICTURE, photo="codes" not in title)
+        for panel, title in zip(panels, titles, strict=True)
+    ]
     return f'<div class="row" style="--columns:{len(panels)}">{"".join(cells)}</div>'
 
 
@@ -344,15 +360,24 @@ def _row(panels: Sequence[np.ndarray], titles: Sequence[str]) -> str:
 
 def _probe_body(found: Findings) -> str:
     if found.probe is None:
-        return report_page.paragraph(f"Not shown: {found.absent['probe']}.", muted=True)
-    gain, verdict = probe_verdict(found.probe)
-    chart = report_page.interval_chart(probe_intervals(found.probe), chance=None)
-    said = f'<p class="verdict">{report_page.escape(gain)}: {report_page.escape(verdict)}</p>'
-    return (
-        report_page.paragraph("A linear classifier on frozen features; whiskers are 95 % intervals.")
-        + chart
-        + said
+        return _not_shown(found.absent["probe"])
+    probe = found.probe
+    lead = (
+        f"Top-1 accuracy of a linear classifier on frozen features: {probe['num_classes']} classes, "
+        f"{probe['num_train']:,} training and {probe['num_val']:,} held-out images. Whiskers are 95 % "
+        "intervals; gains are compared image by image, which is sharper than comparing whiskers."
     )
+    bars = [
+        Interval(label=score["label"], value=score["top1"], low=score["low"], high=score["high"])
+        for score in probe["scores"]
+    ]
+    said = []
+    for comparison in probe["comparisons"]:
+        points, verdict = comparison_words(comparison)
+        sentence = f"{comparison['of']} over {comparison['over']}: {points}, {verdict}."
+        said.append(f'<p class="verdict">{report_page.escape(sentence)}</p>')
+    chart = report_page.interval_chart(bars, reference=("largest class", probe["largest_class"]))
+    return report_page.paragraph(lead) + chart + "".join(said)
 
 
 def _provenance_body(config: ReportConfig, found: Findings) -> str:
@@ -360,7 +385,7 @@ def _provenance_body(config: ReportConfig, found: Findings) -> str:
     rows = [(f"images {split}".strip(), dataset.fingerprint, "") for split, dataset in found.images.items()]
     if found.tokens is not None:
         rows.append(("token shards", found.tokens.fingerprint, ""))
-    headers = {"tokenizer": found.tokenizer, "backbone": found.backbone, "probe": found.probe}
+    headers = {"tokenizer": found.tokenizer, "backbone": found.backbone}
     for name, header in headers.items():
         if header is not None:
             rows.append((name, str(header.get("fingerprint", "")), str(header.get("code_version", ""))))
@@ -376,6 +401,10 @@ def _provenance_body(config: ReportConfig, found: Findings) -> str:
             title = f"{name or 'images'}: recipe"
             parts.append(report_page.details(title, f"<pre>{report_page.escape(text)}</pre>"))
     return "".join(parts)
+
+
+def _not_shown(reason: str) -> str:
+    return report_page.paragraph(f"Not shown: {reason}.", muted=True)
 
 
 def main(config: ReportConfig) -> None:

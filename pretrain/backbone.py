@@ -173,7 +173,7 @@ def num_displacements(grid: tuple[int, int]) -> int:
 def relative_position_index(grid: tuple[int, int]) -> Tensor:
     """Table row for each (query, key) pair of tokens: [T, T] int64, in the published layout.
 
-    With displacements d = query - key, patches use row (dy + rows - 1) * (2 * columns - 1) + dx + columns - 1;
+    With d = query - key, patches use row (dy + rows - 1) * (2 * columns - 1) + dx + columns - 1.
     The last three rows are [CLS] to patch, patch to [CLS], [CLS] to itself (reference.md §3).
     """
     rows, columns = grid
@@ -249,7 +249,7 @@ class Backbone(nn.Module):
         return outputs
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images [B, 3, S, S] or [B, S, S, 3] -> float32 [B, 3, S, S] as in this backbone's training."""
+        """uint8 images [B, 3, S, S] or [B, S, S, 3] -> float32 [B, 3, S, S], as in its training."""
         return normalize_images(images, mean=self.config.mean, std=self.config.std)
 
 

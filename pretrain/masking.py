@@ -121,7 +121,7 @@ def block_mask(spec: MaskSpec, draws: random.Random, single_draws: np.random.Ran
 def block_masks(
     positions: np.ndarray, grid: tuple[int, int], config: MaskConfig, *, seed: int, epoch: int
 ) -> np.ndarray:
-    """Masks [len(positions), rows * columns] bool (True = masked) of the samples at these positions of an epoch.
+    """Masks [B, rows * columns] bool, True = masked, of the samples at these B positions of an epoch.
 
     A sample's mask depends on (seed, epoch, position) alone, so ranks, batch sizes and resumed runs agree.
     Every mask has exactly `num_masked` patches. InputError when the config does not fit the grid.

@@ -157,7 +157,12 @@ def receipt(root: str, plan: Plan, item: Item) -> Receipt | None:
 
 
 def pending(root: str, plan: Plan) -> Iterator[Item]:
-    """The items without a good receipt, in order; many are asked for at once, few are held."""
+    """The items without a good receipt, in order; many are asked for at once, few are held.
+
+    None once the manifest is there: what is finished is not looked at again, `verify` is for that.
+    """
+    if storage.exists(storage.join(root, MANIFEST)):
+        return
     for item, held in _in_order(lambda item: (item, receipt(root, plan, item)), items(plan)):
         if held is None:
             yield item

@@ -100,7 +100,9 @@ def decode_config_of(recipe: dict[str, Any]) -> DecodeConfig:
         raise InputError(
             f"the images were prepared with decode version {version}, this is {DECODE_VERSION}; prepare again"
         )
-    pairs = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    pairs: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
+    }
     return DecodeConfig(**pairs)
 
 

@@ -1,4 +1,4 @@
-"""Image shards from any source of images: every file is decoded once to prove it readable, and stored untouched.
+"""Image shards from any source: each file is decoded once, to prove it readable, and stored untouched.
 
 The write pass is that of `shards.commit`; what is special here is the frozen listing of the sources.
 """
@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from pipeline import artifacts, storage
-from pipeline.artifacts import canonical_json, code_version, sha256_hex
+from pipeline.artifacts import canonical_json, code_version
 from pipeline.cluster import ClusterConfig, map_items
 from pipeline.config import identity
 from pipeline.errors import InputError
@@ -116,7 +118,9 @@ def prepare_images(config: PrepareConfig) -> None:
         return
     for part, chosen in zip(PARTS, split_by_content(sources, config.val_fraction, config.seed), strict=True):
         url = storage.join(output, part)
-        _write_dataset(config, url, freeze(storage.join(url, SOURCES), chosen))
+        frozen = freeze(storage.join(url, SOURCES), chosen)
+        _check_origin(url, frozen, chosen.origin)
+        _write_dataset(config, url, frozen)
 
 
 # ------------------------------------------------------------------------------------------------ sources
@@ -142,13 +146,17 @@ def _frozen_sources(config: PrepareConfig, output: str) -> Sources:
                 sources, config.val_fraction, config.seed
             )  # an empty part is said before writing
         sources = freeze(url, sources)
+    _check_origin(output, sources, origin)
+    return sources
+
+
+def _check_origin(root: str, sources: Sources, origin: dict[str, Any]) -> None:
     differing = artifacts.differences(sources.origin, origin)
     if differing:
         raise InputError(
-            f"{output} was begun with other images, which differ in {'; '.join(differing[:4])}; choose another "
+            f"{root} was begun with other images, which differ in {'; '.join(differing[:4])}; choose another "
             "output, or repeat the settings it was begun with"
         )
-    return sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +168,10 @@ class _Range:
 
 
 def _hashed(config: PrepareConfig, sources: Sources) -> Sources:
-    """The sources with the content hash of every image that can be read; those known already are kept."""
-    hashes: list[bytes | None] = sources.table.column("image_hash").to_pylist()
-    if None not in hashes:
-        return sources
+    """The sources with the content hash of every image that can be read."""
+    if sources.kind == "parquet":
+        return sources  # hashed when they were listed
+    hashes: list[bytes | None] = [None] * len(sources)
     first_ids = plan_ranges(sources, config)
     ranges = (
         _Range(first_id=first, rows=rows_of(sources.table.slice(first, end - first)))
@@ -187,12 +195,8 @@ class _Hasher:
 
     def __call__(self, item: _Range) -> tuple[int, list[bytes | None]]:
         images = _images(item.rows, self._config, self._pool)
-        hashes = [None if isinstance(image, Rejected) else _sha256(image) for image in images]
+        hashes = [None if isinstance(image, Rejected) else hashlib.sha256(image).digest() for image in images]
         return item.first_id, hashes
-
-
-def _sha256(data: bytes) -> bytes:
-    return bytes.fromhex(sha256_hex(data))
 
 
 def _images(
@@ -230,7 +234,7 @@ def plan_dataset(config: PrepareConfig, sources: Sources) -> Plan:
     """The plan of an image dataset: a function of the frozen listing and the settings."""
     return Plan(
         kind="images",
-        inputs={"sources": sha256_hex(sources.to_bytes())},
+        inputs={"sources": sources.fingerprint},
         recipe={"decode": decode_recipe(config.decode), "image_column": config.image_column},
         first_ids=plan_ranges(sources, config),
         views=1,
@@ -278,23 +282,19 @@ class Preparer:
 
     def __call__(self, item: Item) -> tuple[int, int]:
         rows = read_rows(storage.join(self._root, SOURCES), item.first_id, item.end_id)
+        images = _images(rows, self._config, self._pool)
         samples: list[StoredSample] = []
         rejects: list[RejectedSample] = []
-        images = _images(rows, self._config, self._pool)
-        for sample_id, source, image in zip(itertools.count(item.first_id), rows, images, strict=False):
+        for sample_id, (source, image) in enumerate(zip(rows, images, strict=True), item.first_id):
             try:
                 samples.append(self._sample(sample_id, source, image))
             except Rejected as rejected:
+                reason, message = rejected.reason, rejected.message
                 rejects.append(
-                    RejectedSample(
-                        sample_id=sample_id,
-                        source=source.name,
-                        reason=rejected.reason,
-                        message=rejected.message,
-                    )
+                    RejectedSample(sample_id=sample_id, source=source.name, reason=reason, message=message)
                 )
         foreign = None
-        if rows[0].offset >= 0 or self._is_tar:
+        if self._is_tar:
             found = check_unchanged(rows[0].url, rows[0].version)
             foreign = ForeignTar(url=found.url, bytes=found.bytes, version=found.version)
         built = build_shard(samples, rejects, grid=None, codebook_size=None, foreign=foreign)

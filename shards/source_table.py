@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.artifacts import sha256_hex
 from pipeline.errors import InputError
 from shards.samples import as_text
 
@@ -75,18 +76,23 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Sources:
-    """All sources: row i of the table is sample i. `origin` says what was listed, and how."""
+    """All sources: row i of the table is sample i.
+
+    `origin` says what was listed, and how. `fingerprint` is the sha256 of the file they are frozen in, empty
+    before they are.
+    """
 
     kind: SourceKind
     origin: dict[str, Any]
     class_names: tuple[str, ...] | None
     table: pa.Table
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def to_bytes(self) -> bytes:
-        """As Parquet; equal sources give equal bytes."""
+        """As Parquet, with everything but the table in the schema's metadata."""
         header = {
             "version": SOURCES_VERSION,
             "kind": self.kind,
@@ -103,8 +109,7 @@ class Sources:
 
 def freeze(url: str, sources: Sources) -> Sources:
     """Create the listing at `url`, unless there is one: whichever stands is returned."""
-    if storage.create(url, sources.to_bytes()):
-        return sources
+    storage.create(url, sources.to_bytes())
     standing = read_sources(url)
     if standing is None:
         raise FileNotFoundError(f"{url} was there a moment ago and is gone")
@@ -130,6 +135,7 @@ def read_sources(url: str) -> Sources | None:
             origin=header["origin"],
             class_names=None if class_names is None else tuple(class_names),
             table=table.replace_schema_metadata(None).cast(SCHEMA),
+            fingerprint=sha256_hex(data),
         )
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise InputError(f"{url} is not a listing of sources ({error}); choose another output") from None
@@ -178,7 +184,7 @@ def with_labels(
 def with_hashes(sources: Sources, hashes: Sequence[bytes | None]) -> Sources:
     """The sources with the sha256 of every image that could be read."""
     table = _set_column(sources.table, "image_hash", pa.array(hashes, pa.binary(32)))
-    return replace(sources, table=table)
+    return replace(sources, table=table, fingerprint="")
 
 
 def split_by_content(sources: Sources, val_fraction: float, seed: int) -> tuple[Sources, Sources]:
@@ -205,7 +211,8 @@ def split_by_content(sources: Sources, val_fraction: float, seed: int) -> tuple[
                 f"val_fraction {val_fraction} of {len(sources)} images leaves {part} empty; choose another"
             )
         table = sources.table.filter(pa.array(rows)).combine_chunks()
-        parts.append(replace(sources, table=table, origin={**sources.origin, "part": part}))
+        origin = {**sources.origin, "part": part}
+        parts.append(replace(sources, table=table, origin=origin, fingerprint=""))
     return parts[0], parts[1]
 
 

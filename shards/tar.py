@@ -82,7 +82,7 @@ def iter_members(file: BinaryIO) -> Iterator[TarMember]:
         if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *_PAX_TYPES):
             record = _read_extension(file, offset, info.size, end)
             if info.type == tarfile.GNUTYPE_LONGNAME:
-                long_name = record.rstrip(b"\0").decode("utf-8", "surrogateescape")
+                long_name = record.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
             elif info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
                 pax = _parse_pax(record, offset)
             position = offset + _padded(info.size)

@@ -77,7 +77,7 @@ class VQKDConfig:
     kmeans_init: bool = True
     """Start the codebook by k-means over the first tokens, else from random directions."""
     restart_dead_codes: bool = False
-    """Move codes that nothing chooses to live tokens. Off in the reference; helps on small data."""
+    """Move codes that nothing chooses to live tokens. Off in the reference; meant for small data."""
     restart_every: int = 200
     """Steps between restarts, and how long a code may go unchosen; with restart_dead_codes only."""
 

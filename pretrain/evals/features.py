@@ -1,4 +1,4 @@
-"""What a frozen model makes of a labelled image dataset: every image's centre crop, seen once, in a fixed order."""
+"""What a frozen model makes of a labelled image dataset: each image's centre crop, once, in order of ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.metrics import Progress
 from pipeline.step import to_device
 from pretrain.backbone import Backbone
 from shards.decode import DecodeConfig
-from shards.manifest import Dataset
+from shards.manifest import Dataset, read_shard_index
 from shards.reader import SampleBatch, ShardReader
 from shards.views import ViewPolicy
 
@@ -29,12 +29,11 @@ UNLABELLED = -1
 class FeatureSet:
     """Features of a dataset's labelled images, on the CPU.
 
-    inputs: float32 [n, D] by name; labels: int64 [n], not negative; num_unlabelled images were left out.
+    inputs: float32 [n, D] by name; labels: int64 [n], not negative.
     """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
-    num_unlabelled: int
 
 
 def extract_features(
@@ -43,10 +42,8 @@ def extract_features(
     """Run every extractor over the labelled images, in reading order; `batches` is read to its end."""
     parts: dict[str, list[Tensor]] = {}
     labels: list[np.ndarray] = []
-    num_unlabelled = 0
     for batch in batches:
         labelled = batch.labels != UNLABELLED
-        num_unlabelled += int((~labelled).sum())
         if labelled.any():
             labels.append(batch.labels[labelled])
             images = to_device(batch.pixels[labelled], device)
@@ -61,11 +58,18 @@ def extract_features(
                 f"{name} features are not finite; the weights that made them are damaged"
             )
     joined = np.concatenate(labels) if labels else np.zeros(0)
-    return FeatureSet(inputs, torch.from_numpy(joined.astype(np.int64)), num_unlabelled)
+    return FeatureSet(inputs, torch.from_numpy(joined.astype(np.int64)))
+
+
+def read_labels(dataset: Dataset) -> Tensor:
+    """Labels int64 [N] of a dataset's images, -1 where there is none, from its indexes alone."""
+    columns = (read_shard_index(shard, ("label",)).column("label") for shard in dataset.shards())
+    parts = [np.asarray(column.fill_null(UNLABELLED).to_pylist(), dtype=np.int64) for column in columns]
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *parts]))
 
 
 def backbone_features(model: Backbone, name: str) -> Extractor:
-    """`<name>.cls` and `<name>.mean_patch`, both after the final norm: the two usual summaries of an image."""
+    """`<name>.cls` and `<name>.mean_patch`, both after the final norm."""
 
     @torch.inference_mode()
     def extract(images: Tensor) -> Mapping[str, Tensor]:

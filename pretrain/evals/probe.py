@@ -1,11 +1,11 @@
 """Linear probe (paper §3.3, Table 5): how much of the labels a linear classifier finds in frozen features.
 
-The protocol is unpublished for BEiT v2, so ours is stated here. Images are seen once, as centre crops. The
-classifier's input is [CLS] after the final norm where the backbone was pretrained with patch aggregation, the
-mean of the normed patches otherwise; both are reported. Features are standardised, one linear layer is trained
-on them with Adam and a cosine schedule for every learning rate of a sweep, the rate is chosen on a held-out part
-of the training images, and the layer is trained again on all of them. The same backbone with fresh weights, and
-raw pixels, go through the same protocol.
+The protocol is unpublished for BEiT v2, so ours is stated here. Each image is seen once, as a centre crop.
+The input is [CLS] after the final norm where the backbone was pretrained with patch aggregation, the mean
+of the normed patches otherwise; both are reported. Features are standardised, and one linear layer is
+trained on them with Adam and a cosine schedule, for every learning rate of a sweep. The rate is chosen on a
+held-out part of the training images, then the layer is trained again on all of them. The same backbone with
+fresh weights, and raw pixels, go through the same protocol.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from pipeline.errors import InputError
 from pipeline.metrics import Progress
 from pretrain.backbone import Backbone, load_backbone, read_backbone_header
 from pretrain.evals.features import (
+    UNLABELLED,
     FeatureSet,
     backbone_features,
     center_crops,
     extract_features,
     pixel_features,
+    read_labels,
 )
 from shards.decode import DecodeConfig
-from shards.manifest import Dataset, open_dataset, read_shard_index
+from shards.manifest import Dataset, open_dataset
 
 ARTIFACT = "probe"
 
@@ -78,14 +80,14 @@ class ProbeConfig:
     """Fail where there are no labels, instead of writing a result that says so."""
     interpolation: str = "bicubic"
     """How centre crops are resized."""
-    decode: DecodeConfig = DecodeConfig()
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
     """How source images become pixels."""
     images_per_batch: int = 64
     """Images per forward pass of the backbone."""
     decode_threads: int = 2
     """Threads that decode."""
-    cluster: ClusterConfig = ClusterConfig(num_workers=0)
-    """The probe is one process: 0 runs it here, 1 or more on a worker, which gets a GPU where there is one."""
+    cluster: ClusterConfig = field(default_factory=lambda: ClusterConfig(num_workers=0))
+    """The probe is one process: 0 runs it here, 1 or more on a worker, with a GPU where there is one."""
 
     def __post_init__(self) -> None:
         if not self.lrs or min(self.lrs) <= 0:
@@ -131,7 +133,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Accuracy of one classifier minus another's on the same images, with a paired 95 % confidence interval."""
+    """Accuracy of one classifier minus another's on the same images; the 95 % interval is for pairs."""
 
     of: str
     over: str
@@ -156,6 +158,7 @@ class ProbeResult:
 
     skipped: str | None
     num_classes: int = 0
+    """Classes of the training images."""
     num_train: int = 0
     num_val: int = 0
     largest_class: float = 0.0
@@ -200,21 +203,32 @@ class ProbeResult:
 def probe_linear(config: ProbeConfig) -> None:
     """Probe the backbone and publish `probe.json` at `config.output`; a finished probe is printed again."""
     output = storage.absolute(config.output)
-    header = read_backbone_header(storage.absolute(config.backbone))
+    config = dataclasses.replace(
+        config,  # complete places: a worker runs in another folder
+        backbone=storage.absolute(config.backbone),
+        train=storage.absolute(config.train),
+        val=storage.absolute(config.val),
+    )
+    header = read_backbone_header(config.backbone)
     train, val = open_dataset(config.train, "images"), open_dataset(config.val, "images")
     inputs = {"backbone": header["fingerprint"], "train": train.fingerprint, "val": val.fingerprint}
     settings = identity(config, PLACES)
+
+    # Everything that can be refused is refused before anything is written.
+    reason = why_not(train, val)
+    if reason is not None and config.require_labels:
+        raise InputError(f"{reason}; prepare images from class folders, or leave require_labels out")
+    translate_labels(read_labels(val), val.manifest.class_names, train.manifest.class_names)
     claim(output, {"job": "probe_linear", "config": settings, "inputs": inputs})
     if (held := read_header(output, ARTIFACT)) is not None:
         print(f"{held['table']}\n{output} is finished already, with the same settings and inputs", flush=True)
         return
+
     start = time.monotonic()
     cluster = dataclasses.replace(config.cluster, num_workers=min(config.cluster.num_workers, 1))
-    [result] = map_items([config], _make_runner, cluster)
-    if result.skipped is not None and config.require_labels:
-        raise InputError(
-            f"{result.skipped}; prepare the images from class folders, or leave require_labels out"
-        )
+    result = ProbeResult(skipped=reason)
+    if reason is None:
+        [result] = map_items([config], _make_runner, cluster)
     publish(
         output,
         ARTIFACT,
@@ -234,13 +248,11 @@ def probe_linear(config: ProbeConfig) -> None:
 def run_probe(config: ProbeConfig) -> ProbeResult:
     """The whole measurement, in this process, on a GPU if it has one; writes nothing."""
     train_set, val_set = open_dataset(config.train, "images"), open_dataset(config.val, "images")
-    for dataset in (train_set, val_set):
-        if not _has_labels(dataset):
-            return ProbeResult(skipped=f"no image of {dataset.url} has a label")
+    if (reason := why_not(train_set, val_set)) is not None:
+        return ProbeResult(skipped=reason)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone_url = storage.absolute(config.backbone)
-    aggregated = _was_aggregated(read_backbone_header(backbone_url))
-    pretrained = load_backbone(backbone_url, device)
+    aggregated = _was_aggregated(read_backbone_header(config.backbone))
+    pretrained = load_backbone(config.backbone, device)
 
     extractors = [backbone_features(pretrained, "pretrained")]
     if config.untrained_baseline:
@@ -264,11 +276,9 @@ def run_probe(config: ProbeConfig) -> ProbeResult:
         return found
 
     train, val = features_of(train_set, "train"), features_of(val_set, "val")
-    translated = translate_labels(val.labels, _class_names(val_set), _class_names(train_set))
-    val = dataclasses.replace(val, labels=translated)
-    names = _class_names(train_set)
+    labels = translate_labels(val.labels, val_set.manifest.class_names, train_set.manifest.class_names)
     return probe_features(
-        train, val, config, aggregated=aggregated, num_classes=len(names) if names else None, device=device
+        train, dataclasses.replace(val, labels=labels), config, aggregated=aggregated, device=device
     )
 
 
@@ -278,33 +288,29 @@ def probe_features(
     config: ProbeConfig,
     *,
     aggregated: bool,
-    num_classes: int | None = None,
     device: torch.device | str = "cpu",
 ) -> ProbeResult:
-    """The protocol, from features on.
+    """The protocol, from features on; both sets have images.
 
     aggregated: the backbone was pretrained with patch aggregation, so [CLS] is its summary of an image.
-    num_classes: null takes the largest label.
+    Validation images of a class that training lacks count as wrong.
     """
-    reason = _why_not(train, val)
-    if reason is not None:
-        return ProbeResult(skipped=reason)
-    if num_classes is None:
-        num_classes = 1 + int(torch.cat([train.labels, val.labels]).max())
-
+    classes, train_labels = train.labels.unique(return_inverse=True)
+    val_labels = _positions_in(classes, val.labels)
     scores: dict[str, Score] = {}
     correct: dict[str, Tensor] = {}
     for name in _ordered(train.inputs, aggregated):
         model, source = name.split(".")
-        lr, holdout_top1 = choose_lr(train.inputs[name], train.labels, num_classes, config, device)
-        correct[name] = _fit(
-            train.inputs[name], train.labels, val.inputs[name], val.labels, num_classes, [lr], config, device
-        )[0].correct
-        low, high = wilson_interval(int(correct[name].sum()), len(val.labels))
+        data = LabelledFeatures(train.inputs[name], train_labels, len(classes))
+        lr, holdout_top1 = choose_lr(data, config, device)
+        tested = LabelledFeatures(val.inputs[name], val_labels, len(classes))
+        [fit] = train_classifiers(data, tested, [lr], config, device)
+        correct[name] = fit.correct
+        low, high = wilson_interval(int(fit.correct.sum()), len(val_labels))
         scores[name] = Score(
             model=model,  # type: ignore[arg-type]
             input=source,  # type: ignore[arg-type]
-            top1=correct[name].double().mean().item(),
+            top1=fit.correct.double().mean().item(),
             low=low,
             high=high,
             lr=lr,
@@ -317,10 +323,10 @@ def probe_features(
     baselines = [name for name in others if name in (f"untrained.{summary}", "pixels.raw")]
     return ProbeResult(
         skipped=None,
-        num_classes=num_classes,
+        num_classes=len(classes),
         num_train=len(train.labels),
         num_val=len(val.labels),
-        largest_class=val.labels.bincount().max().item() / len(val.labels),
+        largest_class=int(val.labels.unique(return_counts=True)[1].max()) / len(val.labels),
         scores=tuple(scores.values()),
         comparisons=tuple(
             compare(correct[main], correct[name], of=scores[main].label, over=scores[name].label)
@@ -333,58 +339,58 @@ def probe_features(
 
 
 @dataclass(frozen=True)
-class _Fit:
+class LabelledFeatures:
+    """features float32 [n, D] and labels int64 [n] below num_classes; -1 is a class nobody can predict."""
+
+    features: Tensor
+    labels: Tensor
+    num_classes: int
+
+    def rows(self, chosen: Tensor) -> LabelledFeatures:
+        """Some of the images."""
+        return LabelledFeatures(self.features[chosen], self.labels[chosen], self.num_classes)
+
+
+@dataclass(frozen=True)
+class Fit:
     """One trained classifier on the images it was tested on: correct bool [n], and mean cross-entropy."""
 
     correct: Tensor
     loss: float
 
 
-def choose_lr(
-    features: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    config: ProbeConfig,
-    device: torch.device | str = "cpu",
-) -> tuple[float, float]:
-    """The learning rate with the best accuracy on a held-out part of features [n, D], and that accuracy.
+def choose_lr(data: LabelledFeatures, config: ProbeConfig, device: torch.device | str) -> tuple[float, float]:
+    """The learning rate with the best accuracy on a held-out part of the data, and that accuracy.
 
     Of equally accurate ones, the one with the smaller cross-entropy.
     """
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed))
-    num_held = min(max(1, round(config.holdout * len(labels))), len(labels) - 1)
-    held, kept = order[:num_held], order[num_held:]
-    fits = _fit(
-        features[kept], labels[kept], features[held], labels[held], num_classes, config.lrs, config, device
-    )
+    num = len(data.labels)
+    order = torch.randperm(num, generator=torch.Generator().manual_seed(config.seed))
+    num_held = min(max(1, round(config.holdout * num)), num - 1)
+    held, kept = data.rows(order[:num_held]), data.rows(order[num_held:])
+    fits = train_classifiers(kept, held, config.lrs, config, device)
     best = max(range(len(fits)), key=lambda i: (int(fits[i].correct.sum()), -fits[i].loss))
     return config.lrs[best], fits[best].correct.double().mean().item()
 
 
-def _fit(
-    features: Tensor,
-    labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    num_classes: int,
+def train_classifiers(
+    train: LabelledFeatures,
+    test: LabelledFeatures,
     lrs: Sequence[float],
     config: ProbeConfig,
     device: torch.device | str,
-) -> list[_Fit]:
-    """Train one linear classifier per learning rate on features [n, D], side by side, and test each."""
-    mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
-    scale = torch.where(
-        std > 1e-6, 1.0 / std.clamp_min(1e-6), torch.zeros_like(std)
-    )  # constants carry nothing
-    x, y = ((features - mean) * scale).to(device), labels.to(device)
-    heads = [nn.Linear(x.shape[1], num_classes, device=device) for _ in lrs]
+) -> list[Fit]:
+    """Train one linear classifier per learning rate, side by side on the same batches, and test each."""
+    mean, std = train.features.mean(dim=0), train.features.std(dim=0, correction=0)
+    scale = torch.where(std > 1e-6, 1.0 / std.clamp_min(1e-6), torch.zeros_like(std))  # constants say nothing
+    x, y = ((train.features - mean) * scale).to(device), train.labels.to(device)
+    heads = [nn.Linear(x.shape[1], train.num_classes, device=device) for _ in lrs]
     for head in heads:
         # The problem is convex: starting from zero favours nothing and draws nothing.
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-    optimizer = torch.optim.Adam(
-        [{"params": head.parameters(), "lr": lr} for head, lr in zip(heads, lrs, strict=True)], fused=True
-    )
+    groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(heads, lrs, strict=True)]
+    optimizer = torch.optim.Adam(groups, fused=True)
     num_steps = config.epochs * math.ceil(len(y) / config.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     generator = torch.Generator().manual_seed(config.seed)
@@ -397,10 +403,11 @@ def _fit(
             optimizer.step()
             schedule.step()
     with torch.inference_mode():
-        test_x, test_y = ((test_features - mean) * scale).to(device), test_labels.to(device)
-        logits = [head(test_x) for head in heads]
+        x, y = ((test.features - mean) * scale).to(device), test.labels.to(device)
+        logits = [head(x) for head in heads]
         return [
-            _Fit((one.argmax(dim=1) == test_y).cpu(), F.cross_entropy(one, test_y).item()) for one in logits
+            Fit((one.argmax(dim=1) == y).cpu(), F.cross_entropy(one, y, ignore_index=-1).item())
+            for one in logits
         ]
 
 
@@ -436,26 +443,45 @@ def compare(ours: Tensor, theirs: Tensor, *, of: str, over: str) -> Comparison:
     )
 
 
-# ------------------------------------------------------------------------------------------------ inside
+# ------------------------------------------------------------------------------------------------ labels
+
+
+def why_not(train: Dataset, val: Dataset) -> str | None:
+    """The reason why these datasets allow no probe, or None."""
+    for dataset in (train, val):
+        if not (read_labels(dataset) != UNLABELLED).any():
+            return f"none of the {dataset.num_samples():,} images of {dataset.url} has a label"
+    labels = read_labels(train)
+    if len(labels[labels != UNLABELLED].unique()) < 2:
+        return f"all labelled images of {train.url} are of one class"
+    return None
 
 
 def translate_labels(labels: Tensor, names: Sequence[str] | None, into: Sequence[str] | None) -> Tensor:
     """Labels [n] that index `names` as labels that index `into`; unchanged where either is not named.
 
     Two datasets number their classes separately: a class folder missing in one shifts all that follow.
-    InputError names a class that occurs in `labels` but not in `into`.
+    Images without a label keep -1. InputError names a class that occurs in `labels` but not in `into`.
     """
     if names is None or into is None or list(names) == list(into):
         return labels
     place = {name: i for i, name in enumerate(into)}
-    present = [names[i] for i in labels.unique().tolist()]
-    unknown = [name for name in present if name not in place]
-    if unknown:
-        raise InputError(
-            f"val has images of class {unknown[0]!r}, which train does not know; use two parts of one data set"
-        )
-    table = torch.tensor([place.get(name, -1) for name in names], dtype=torch.int64)
+    for i in labels[labels != UNLABELLED].unique().tolist():
+        if names[i] not in place:
+            raise InputError(
+                f"val has images of class {names[i]!r}, which train lacks; give two parts of one dataset"
+            )
+    table = torch.tensor([*(place.get(name, UNLABELLED) for name in names), UNLABELLED])
     return table[labels]
+
+
+def _positions_in(classes: Tensor, labels: Tensor) -> Tensor:
+    """Place of each label in the sorted `classes`, -1 where it is not there."""
+    place = torch.searchsorted(classes, labels).clamp_max(len(classes) - 1)
+    return torch.where(classes[place] == labels, place, -1)
+
+
+# ------------------------------------------------------------------------------------------------ inside
 
 
 def _make_runner() -> Callable[[ProbeConfig], ProbeResult]:
@@ -475,28 +501,8 @@ def _was_aggregated(header: dict[str, Any]) -> bool:
     return mim is not None and mim["config"]["patch_aggregation"]["layer"] is not None
 
 
-def _has_labels(dataset: Dataset) -> bool:
-    """Whether any image has a label; looked up in the indexes, before hours go into features."""
-    labels = (read_shard_index(shard, ("label",)).column("label") for shard in dataset.shards())
-    return any(column.null_count < len(column) for column in labels)
-
-
-def _class_names(dataset: Dataset) -> tuple[str, ...] | None:
-    return dataset.manifest.class_names
-
-
-def _why_not(train: FeatureSet, val: FeatureSet) -> str | None:
-    """The reason why there can be no probe, or None."""
-    for what, found in (("training", train), ("validation", val)):
-        if len(found.labels) == 0:
-            return f"none of the {found.num_unlabelled:,} {what} images has a label"
-    if len(train.labels.unique()) < 2:
-        return f"all {len(train.labels):,} labelled training images are of one class"
-    return None
-
-
 def _ordered(names: Iterable[str], aggregated: bool) -> list[str]:
-    """Classifier inputs in the order of the report: the probe's own first, then its sibling, then baselines."""
+    """Classifier inputs in the order of the report: the probe's own first, then baselines."""
     models = ["pretrained", "untrained", "pixels"]
     inputs = ["cls", "mean_patch", "raw"] if aggregated else ["mean_patch", "cls", "raw"]
 

@@ -58,15 +58,23 @@ class Prediction:
 
 
 def group_by_code(
-    images: np.ndarray, codes: np.ndarray, *, patch_size: int, num_codes: int, per_code: int
+    images: np.ndarray,
+    codes: np.ndarray,
+    *,
+    patch_size: int,
+    num_consistent: int,
+    num_used: int,
+    per_code: int,
 ) -> tuple[list[CodeGroup], list[CodeGroup]]:
-    """The most consistent codes of a sample, and the most used of the others: `num_codes` of each at most.
+    """The most consistent codes of a sample, and the most used of the others; at most as many as asked for.
 
     images uint8 [n, S, S, 3], codes [n, N]. The patches of a group come from as many images as possible.
+    Only codes with more contrast than the median code compete for consistency: flat patches are all alike.
     """
     counts = np.bincount(codes.ravel())
-    descriptors = _descriptors(images, patch_size)
-    candidates = []
+    descriptors, contrasts = _descriptors(images, patch_size), _contrasts(images, patch_size)
+    candidates: list[tuple[int, float]] = []
+    contrast: dict[int, float] = {}
     for code in np.argsort(-counts, kind="stable"):
         if counts[code] < MIN_PATCHES:
             break
@@ -74,10 +82,13 @@ def group_by_code(
         if len(np.unique(rows)) < MIN_IMAGES:
             continue
         candidates.append((int(code), _mean_cosine(descriptors[rows, patches])))
+        contrast[int(code)] = float(contrasts[rows, patches].mean())
 
-    consistent = sorted(candidates, key=lambda pair: -pair[1])[:num_codes]
+    median = float(np.median(list(contrast.values()))) if contrast else 0.0
+    structured = [pair for pair in candidates if contrast[pair[0]] >= median]
+    consistent = sorted(structured, key=lambda pair: -pair[1])[:num_consistent]
     chosen = {code for code, _ in consistent}
-    used = [pair for pair in candidates if pair[0] not in chosen][:num_codes]
+    used = [pair for pair in candidates if pair[0] not in chosen][:num_used]
 
     def group(code: int, consistency: float) -> CodeGroup:
         return CodeGroup(
@@ -117,6 +128,14 @@ def _descriptors(images: np.ndarray, patch_size: int) -> np.ndarray:
         ]
     found = torch.nn.functional.normalize(torch.cat(chunks), dim=-1)
     return found.numpy()
+
+
+def _contrasts(images: np.ndarray, patch_size: int) -> np.ndarray:
+    """Standard deviation of the brightness within each patch [n, N]."""
+    n, size = images.shape[:2]
+    side = size // patch_size
+    cells = images.mean(axis=3).reshape(n, side, patch_size, side, patch_size)
+    return cells.std(axis=(2, 4)).reshape(n, side * side)
 
 
 def _mean_cosine(descriptors: np.ndarray) -> float:

@@ -256,17 +256,6 @@ def test_a_stage_that_writes_nothing_has_failed(
     assert "ended without writing" in capsys.readouterr().err
 
 
-def test_a_probe_that_declines_is_not_asked_again(config: PipelineConfig) -> None:
-    fake = FakeStages()
-    fake.writes_nothing = {"probe_linear"}
-    assert fake.run(config) == ALL
-    record = json.loads(storage.read(storage.join(config.output, "pipeline.json")))
-    assert record["left_out"] == {"probe_linear": "probe_linear line 39"}
-    assert fake.run(config) == []
-    fake.writes_nothing = set()
-    assert fake.run(with_epochs(config, "probe_linear", 2)) == ["probe_linear", "write_report"]
-
-
 def test_a_record_of_something_else_is_refused(config: PipelineConfig) -> None:
     storage.put(storage.join(config.output, run_pipeline.RECORD_FILE), b"{")
     with pytest.raises(InputError, match="not JSON"):

@@ -371,7 +371,7 @@ def test_a_part_without_masked_patches_adds_nothing():
     model = build()
     pixels, mask, codes = batch()
     loss = mim_loss(model(pixels, torch.zeros_like(mask)), codes)
-    assert loss.num_masked == 0 and float(loss.loss) == 0.0
+    assert loss.num_masked == 0 and loss.loss.item() == 0.0
     loss.objective(10).backward()
     assert all(not gradient.any() for gradient in gradients(model).values())
 

@@ -275,6 +275,12 @@ def test_a_rerun_builds_only_what_is_missing(tmp_path: Path, small_dataset: Make
         finish(root, plan, decode_crop)
     assert not storage.exists(f"{root}/manifest.json")
 
+    for item in everything[1::2]:
+        dataset.commit_item(root, item)
+    finish(root, plan, decode_crop)
+    storage.remove(receipt_url(root, plan, everything[0]))
+    assert list(pending(root, plan)) == []  # finished is finished
+
 
 def first_object(root: str, plan: Plan, item: Item, kind: str) -> Path:
     found = receipt(root, plan, item)

@@ -290,8 +290,10 @@ def test_hash_of_pixels_sees_values_and_shape() -> None:
 def test_opening_imports_neither_torch_nor_pandas_nor_image_libraries(tmp_path: Path) -> None:
     write_made_up(tmp_path, 1, 10)
     program = (
-        "import sys; from shards.manifest import open_dataset; d = open_dataset(sys.argv[1]); d.shard(0, 3);"
-        "d.shard_sizes(0); print([m for m in ('torch', 'pandas', 'PIL', 'simplejpeg', 'ray') if m in sys.modules])"
+        "import sys; from shards.manifest import open_dataset; dataset = open_dataset(sys.argv[1]);"
+        "dataset.shard(0, 3); dataset.shard_sizes(0);"
+        "heavy = ('torch', 'pandas', 'PIL', 'simplejpeg', 'ray');"
+        "print([name for name in heavy if name in sys.modules])"
     )
     root = Path(__file__).resolve().parents[2]
     done = run(

@@ -44,7 +44,7 @@ def same_state(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-# ------------------------------------------------------------------------------------------------ nearest code
+# ------------------------------------------------------------------------------------------------ nearest
 
 
 def test_nearest_code_equals_the_distance_table_in_double_precision():

@@ -39,7 +39,9 @@ def _striped_and_noisy(count: int = 40) -> tuple[np.ndarray, np.ndarray]:
 
 def test_groups_hold_patches_of_their_code_and_stripes_are_more_alike_than_noise():
     images, codes = _striped_and_noisy()
-    consistent, used = report.group_by_code(images, codes, patch_size=PATCH, num_codes=2, per_code=10)
+    consistent, used = report.group_by_code(
+        images, codes, patch_size=PATCH, num_consistent=2, num_used=2, per_code=10
+    )
     found = {group.code: group for group in [*consistent, *used]}
     assert sorted(found) == [0, 1, 2] and len(consistent) == 2
     assert found[1].consistency > found[2].consistency
@@ -66,7 +68,9 @@ def test_rare_codes_and_codes_of_few_images_are_not_shown():
     images, codes = _striped_and_noisy()
     codes[codes == 2] = 0
     codes[0] = 2  # 16 patches, but all of one image
-    consistent, used = report.group_by_code(images, codes, patch_size=PATCH, num_codes=5, per_code=4)
+    consistent, used = report.group_by_code(
+        images, codes, patch_size=PATCH, num_consistent=5, num_used=5, per_code=4
+    )
     assert {group.code for group in [*consistent, *used]} == {0, 1}
 
 

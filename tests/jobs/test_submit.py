@@ -1,0 +1,243 @@
+"""Every stage as a submitted job, on a real Ray head with its job server: final states, messages and logs."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import run_pipeline
+from jobs.run_pipeline import ClusterOverride, PipelineConfig, StageConfig
+from pipeline import storage
+from pipeline.errors import InputError
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = "jobs/configs/quickstart"
+
+TINY_TOKENIZER = {
+    "model": {"image_size": 32, "width": 32, "depth": 1, "heads": 2, "codebook_size": 16, "code_dim": 8},
+    "epochs": 1,
+    "batch_size": 8,
+}
+TINY_BACKBONE = {
+    "backbone": {"width": 32, "depth": 2, "heads": 2},
+    "mim": {"patch_aggregation": {"layer": 1, "head_depth": 1}},
+    "epochs": 1,
+    "batch_size": 8,
+}
+
+
+def tiny_pipeline(output: str, address: str | None) -> PipelineConfig:
+    """All seven stages on 36 drawn pictures of 32 px and models of one or two blocks."""
+    return PipelineConfig(
+        output=output,
+        val_fraction=0.25,
+        address=address,
+        cluster=ClusterOverride(num_workers=1),
+        draw_images=StageConfig(overrides={"num_images": 36, "num_classes": 3, "image_size": 32}),
+        prepare_images=StageConfig(config=f"{CONFIGS}/prepare.yaml"),
+        train_tokenizer=StageConfig(config=f"{CONFIGS}/tokenizer.yaml", overrides=TINY_TOKENIZER),
+        precompute_shards=StageConfig(config=f"{CONFIGS}/precompute.yaml"),
+        pretrain_mim=StageConfig(config=f"{CONFIGS}/pretrain.yaml", overrides=TINY_BACKBONE),
+        probe_linear=StageConfig(config=f"{CONFIGS}/probe.yaml", overrides={"epochs": 2, "lrs": [0.001]}),
+        write_report=StageConfig(overrides={"sample_images": 16, "predictions": 2}),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """What the job server says of one finished job."""
+
+    entrypoint: str
+    status: str
+    message: str
+    exit_code: int | None
+    log: str
+
+
+class Jobs:
+    """A plain client of the job server, as `ray job submit`, `status` and `logs` are."""
+
+    def __init__(self, address: str) -> None:
+        from ray.job_submission import JobSubmissionClient
+
+        self._client = JobSubmissionClient(address)
+
+    def submit(self, entrypoint: str) -> str:
+        """`ray job submit --working-dir . --no-wait -- entrypoint`."""
+        return self._client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(ROOT)})
+
+    def wait(self, job_id: str) -> Submitted:
+        """The job's final state and its whole log."""
+        deadline = time.monotonic() + 180
+        while not (info := self._client.get_job_info(job_id)).status.is_terminal():
+            assert time.monotonic() < deadline, f"{job_id} does not end:\n{self._client.get_job_logs(job_id)}"
+            time.sleep(0.2)
+        return Submitted(
+            entrypoint=info.entrypoint,
+            status=info.status.value,
+            message=info.message or "",
+            exit_code=info.driver_exit_code,
+            log=self._client.get_job_logs(job_id),
+        )
+
+    def finished(self) -> Iterator[Submitted]:
+        """Every job the server knows of."""
+        for job in self._client.list_jobs():
+            if job.submission_id is not None:
+                yield self.wait(job.submission_id)
+
+
+SAYS = {
+    "draw_images": "36 images of 3 classes",
+    "prepare_images": "36",
+    "train_tokenizer": "perplexity",
+    "precompute_shards": "crops written",
+    "pretrain_mim": "loss",
+    "probe_linear": "top-1",
+    "write_report": "report: ",
+}
+"""Something of what each stage prints."""
+
+
+def test_every_stage_runs_as_a_submitted_job(
+    ray_head: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    client = Jobs(ray_head.job_server)
+    output = str(tmp_path / "run")
+    config = tiny_pipeline(output, ray_head.job_server)
+
+    # While the stages run one after the other: bad input, of three kinds, beside them.
+    absent = shlex.quote(str(tmp_path / "absent"))
+    bad = {
+        f"python -m jobs.prepare_images --source {absent} --output {absent}/out": "absent",
+        f"python -m jobs.pretrain_mim --config {CONFIGS}/pretrain.yaml --epoch 3 --output {absent}/out": "epoch",
+        f"python -m jobs.train_tokenizer --config nowhere.yaml --output {absent}/out": "nowhere.yaml",
+    }
+    bad_jobs = {client.submit(entrypoint): said for entrypoint, said in bad.items()}
+
+    run_pipeline.main(config)
+    printed = capsys.readouterr().out
+    assert "MiB to upload (Ray takes 100 MiB)" in printed
+    names = [stage.name for stage in run_pipeline.stages(config)]
+
+    jobs = {
+        job.entrypoint.split()[2].removeprefix("jobs."): job
+        for job in client.finished()
+        if output in job.entrypoint
+    }
+    assert list(SAYS) == names
+    assert jobs.keys() == set(names)
+    for stage in run_pipeline.stages(config):
+        job = jobs[stage.name]
+        assert (job.status, job.exit_code) == ("SUCCEEDED", 0), job.log
+        assert SAYS[stage.name] in job.log, job.log
+        # The job's own lines are in the stage's log, without those that Ray adds before its entrypoint starts.
+        kept = storage.read(run_pipeline.log_url(output, stage.name)).decode()
+        assert SAYS[stage.name] in kept
+        assert "Running entrypoint" not in kept
+        assert all(storage.exists(url) for url in stage.writes)
+
+    for job_id, said in bad_jobs.items():
+        job = client.wait(job_id)
+        assert (job.status, job.exit_code) == ("FAILED", 2), job.log
+        assert "exit code 2" in job.message
+        assert said in job.log.splitlines()[-1]
+        assert "Traceback" not in job.log
+    assert not Path(tmp_path, "absent").exists()
+
+    inspected = client.wait(
+        client.submit(f"python -m jobs.inspect_shards --dataset {output}/token_shards --json")
+    )
+    assert inspected.status == "SUCCEEDED", inspected.log
+    assert '"perplexity"' in inspected.log
+
+    # Nothing is submitted a second time.
+    run_pipeline.main(config)
+    assert capsys.readouterr().out.count("skipped") == len(names)
+    assert sum(output in job.entrypoint for job in client.finished()) == len(names) + 1
+
+
+def test_a_failing_stage_hands_on_its_exit_status(
+    ray_head: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    config = PipelineConfig(
+        output=str(tmp_path / "run"),
+        address=ray_head.job_server,
+        draw_images=StageConfig(overrides={"num_images": -1}),
+    )
+    with pytest.raises(SystemExit) as ended:
+        run_pipeline.main(config)
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    assert "FAILED: Job entrypoint command failed with exit code 2" in captured.out
+    assert "stage draw_images failed with exit status 2" in captured.err
+    assert "--num_images -1 is out of range" in captured.err
+
+
+def test_a_job_that_still_runs_is_followed_not_repeated(
+    ray_head: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after the submitter's machine was switched off and on."""
+    from jobs.submission import JobServer
+
+    monkeypatch.chdir(ROOT)
+    argv = ["--output", str(tmp_path / "drawn"), "--num_images", "1500"]
+    lines: list[str] = []
+    with JobServer.connect(ray_head.job_server) as server:
+
+        def leave(line: str) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            server.run("draw_images", argv, leave)
+        assert "goes on" in capsys.readouterr().out
+        assert server.run("draw_images", argv, lines.append) == 0
+    assert "still running" in capsys.readouterr().out
+    assert lines[-1].endswith("MB")
+    jobs = [job for job in Jobs(ray_head.job_server).finished() if str(tmp_path) in job.entrypoint]
+    assert len(jobs) == 1
+
+
+def test_the_upload_is_measured_and_refused_when_too_large(
+    ray_head: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from jobs.submission import JobServer
+
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "module.py").write_text("x = 1\n")
+    (tmp_path / "photos").mkdir()
+    with open(tmp_path / "photos" / "large.bin", "wb") as file:
+        file.truncate(101 << 20)
+    with (
+        pytest.raises(InputError, match=r"101\.0 MiB.*Ray takes 100 MiB.*\.rayignore.*photos \(101\.0 MiB\)"),
+        JobServer.connect(ray_head.job_server, str(tmp_path)),
+    ):
+        pass
+    (tmp_path / ".rayignore").write_text("photos/\n")
+    with JobServer.connect(ray_head.job_server, str(tmp_path)) as server:
+        assert "is 0.0 MiB to upload" in capsys.readouterr().out
+        server.check_travels("code/module.py")
+        server.check_travels("./code/../code/module.py")
+        server.check_travels("s3://bucket/config.yaml")
+        for config in ("photos/large.bin", "../elsewhere.yaml", str(tmp_path / "code" / "module.py")):
+            with pytest.raises(InputError, match="does not travel"):
+                server.check_travels(config)
+
+
+def test_nobody_at_the_address_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = PipelineConfig(output=str(tmp_path / "run"), address="http://127.0.0.1:9")
+    with pytest.raises(InputError, match="no job server answers at http://127.0.0.1:9"):
+        run_pipeline.main(config)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    with pytest.raises(InputError, match="RAY_ADDRESS is set"):
+        run_pipeline.main(config)
