@@ -198,14 +198,19 @@ def _tokenizer_lines(found: Findings) -> Lines:
     if found.tokenizer is None:
         return []
     figures, size = found.tokenizer["metrics"], found.tokenizer["config"]["codebook_size"]
-    held_out = any(record["split"] == "val" for record in found.curves["tokenizer"])
+    held_out = any("val_rec_loss" in record for record in found.curves["tokenizer"])
     where = "held-out images" if held_out else "training images"
-    usage, teacher = figures["codebook_usage"], found.tokenizer["teacher"].get("name", "the teacher")
+    usage, loss = figures["codebook_usage"], figures["reconstruction_loss"]
+    teacher = found.tokenizer["teacher"].get("name") or "the teacher"
     return [
-        ("reconstruction loss", f"{figures['reconstruction_loss']:.4f}", f"1 − cosine to {teacher}, {where}"),
-        ("codebook usage", percent(usage), f"{usage * size:.0f} of {size:,} codes, {where}"),
-        ("perplexity", f"{figures['perplexity']:,.1f}", f"of at most {size:,}, {where}"),
+        ("reconstruction loss", _or_unknown(loss, ".4f"), f"1 − cosine to {teacher}, {where}"),
+        ("codebook usage", percent(usage), f"{round(usage * size):,} of {size:,} codes, {where}"),
+        ("perplexity", _or_unknown(figures["perplexity"], ",.1f"), f"of at most {size:,}, {where}"),
     ]
+
+
+def _or_unknown(value: float | None, style: str) -> str:
+    return "not measured" if value is None else format(value, style)
 
 
 def _token_lines(found: Findings) -> Lines:
@@ -247,14 +252,15 @@ def _probe_lines(found: Findings) -> Lines:
 
 def _stage_lines(found: Findings) -> Lines:
     lines = []
-    for name, stage in found.stages.items():
+    stages = {name: stage for name, stage in found.stages.items() if name != "write_report"}
+    for name, stage in stages.items():
         state = [] if stage.get("finished", True) else ["did not finish"]
         if stage.get("steps"):
             seconds = float(stage["seconds"])
             state.append(f"{stage['steps']:,} steps, {1000 * seconds / stage['steps']:,.0f} ms each")
         lines.append((name, metrics.duration(float(stage["seconds"])), ", ".join(state)))
     if lines:
-        total = sum(float(stage["seconds"]) for stage in found.stages.values())
+        total = sum(float(stage["seconds"]) for stage in stages.values())
         lines.append(("all", metrics.duration(total), ""))
     lines += [(name, "left out", reason) for name, reason in found.left_out.items()]
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shlex
 import tempfile
@@ -63,7 +64,9 @@ class JobServer:
             package = Path(folder, "working_dir.zip")
             # Private, but the public interface packs and sends in one step; the size is wanted in between.
             excludes = get_runtime_env_default_excludes()
-            create_package(working_dir, package, include_gitignore=True, excludes=excludes)
+            create_package(
+                working_dir, package, include_gitignore=True, excludes=excludes, logger=_packing_logger()
+            )
             _check_size(working_dir, package)
             yield cls(address, client, package)
 
@@ -155,6 +158,13 @@ def _without_preamble(job_id: str, on_line: Callable[[str], None]) -> Callable[[
             started = text.startswith("Running entrypoint for job ")
 
     return line
+
+
+def _packing_logger() -> logging.Logger:
+    """Takes Ray's warnings, but not its line for every ignore file of every folder."""
+    logger = logging.getLogger(__name__)
+    logger.setLevel(logging.WARNING)
+    return logger
 
 
 def _check_size(working_dir: str, package: Path) -> None:

@@ -43,7 +43,7 @@ RIGHT, WRONG = (31, 157, 85), (211, 63, 63)
 PICTURE = 224
 """Side of the pictures of predictions, in pixels."""
 COUNTED_SAMPLES = 2_000_000
-"""Larger datasets have their codes counted over the sample only: the others' index files would take minutes."""
+"""In larger datasets codes are counted over the sample only: reading every index file would take minutes."""
 TILE = 72
 """Side of a patch with its surroundings, in pixels."""
 
@@ -93,30 +93,49 @@ def _summary_body(found: Findings) -> str:
 # ------------------------------------------------------------------------------------------------ curves
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Panel:
-    """One chart: what it shows of which record keys."""
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    """Which records of metrics.jsonl make a line, and how it is drawn (see `Series`)."""
 
-    title: str
-    keys: tuple[tuple[str, str], ...]
-    """(key, label)."""
+    split: str
+    key: str
+    label: str
+    color: int = 0
+    marked: bool = False
 
 
 _PANELS = {
-    "tokenizer": (
-        _Panel(title="Tokenizer: reconstruction loss", keys=(("rec_loss", "1 − cosine"),)),
-        _Panel(title="Tokenizer: commitment loss", keys=(("emb_loss", "commitment"),)),
-        _Panel(title="Tokenizer: codebook usage", keys=(("codebook_usage", "codes hit"),)),
-        _Panel(title="Tokenizer: perplexity", keys=(("perplexity", "perplexity"),)),
-    ),
-    "backbone": (
-        _Panel(title="MIM: loss", keys=(("loss", "main head"), ("loss_cls", "[CLS] head"))),
-        _Panel(title="MIM: accuracy", keys=(("accuracy", "main head"), ("accuracy_cls", "[CLS] head"))),
-        _Panel(title="MIM: learning rate", keys=(("lr", "learning rate"),)),
-        _Panel(title="MIM: gradient norm", keys=(("grad_norm", "gradient norm"),)),
-    ),
+    "tokenizer": {
+        "Tokenizer: reconstruction loss": (
+            _Curve("train", "rec_loss", "training"),
+            _Curve("epoch", "val_rec_loss", "held out", 1, True),
+        ),
+        "Tokenizer: commitment loss": (
+            _Curve("train", "emb_loss", "training"),
+            _Curve("epoch", "val_emb_loss", "held out", 1, True),
+        ),
+        "Tokenizer: codebook usage": (
+            _Curve("epoch", "train_codebook_usage", "training", 0, True),
+            _Curve("epoch", "val_codebook_usage", "held out", 1, True),
+        ),
+        "Tokenizer: perplexity": (
+            _Curve("epoch", "train_perplexity", "training", 0, True),
+            _Curve("epoch", "val_perplexity", "held out", 1, True),
+        ),
+    },
+    "backbone": {
+        "MIM: loss": (
+            _Curve("train", "loss", "main head"),
+            _Curve("train", "loss_cls", "[CLS] head", 1),
+        ),
+        "MIM: accuracy": (
+            _Curve("train", "accuracy", "main head"),
+            _Curve("train", "accuracy_cls", "[CLS] head", 1),
+        ),
+        "MIM: learning rate": (_Curve("train", "lr", "learning rate"),),
+        "MIM: gradient norm": (_Curve("train", "grad_norm", "gradient norm"),),
+    },
 }
-_SPLITS = {"train": "", "train_epoch": "", "val": ", held out"}
 
 
 def _curves_body(found: Findings) -> str:
@@ -124,7 +143,8 @@ def _curves_body(found: Findings) -> str:
     for name, panels in _PANELS.items():
         records = found.curves.get(name, [])
         drawn = [
-            report_page.line_chart(panel.title, _series(panel, records), x_label="step") for panel in panels
+            report_page.line_chart(title, _series(curves, records), x_label="step")
+            for title, curves in panels.items()
         ]
         charts += [chart for chart in drawn if chart]
         if not any(drawn):
@@ -133,16 +153,16 @@ def _curves_body(found: Findings) -> str:
     return (report_page.grid(charts, min_width=400) if charts else "") + said
 
 
-def _series(panel: _Panel, records: Sequence[Mapping[str, Any]]) -> list[Series]:
+def _series(curves: Sequence[_Curve], records: Sequence[Mapping[str, Any]]) -> list[Series]:
     series = []
-    for number, (key, label) in enumerate(panel.keys):
-        for split, suffix in _SPLITS.items():
-            points = [(float(r["step"]), float(r[key])) for r in records if r["split"] == split and key in r]
-            held_out = split == "val"
-            # Held-out points of an only curve get a colour of their own; of two curves they share theirs.
-            color = number + (1 if held_out and len(panel.keys) == 1 else 0)
-            if points:
-                series.append(Series(label=label + suffix, points=points, color=color, marked=held_out))
+    for curve in curves:
+        points = [
+            (float(record["step"]), float(record[curve.key]))
+            for record in records
+            if record["split"] == curve.split and curve.key in record
+        ]
+        if points:
+            series.append(Series(label=curve.label, points=points, color=curve.color, marked=curve.marked))
     return series
 
 
@@ -189,9 +209,9 @@ def _groups_body(config: ReportConfig, crops: np.ndarray, codes: np.ndarray, pat
         few = f"no code has {pictures.MIN_PATCHES} patches in {pictures.MIN_IMAGES} of {len(crops):,} crops"
         return _not_shown(f"patches grouped by code: {few}")
     lead = (
-        f"Each row is one code: the boxed patches of {patch_size} px, with their surroundings, that the tokenizer "
-        f"gave it, from {len(crops):,} stored crops. Likeness is the mean cosine between gradient histograms of "
-        "its patches; the most consistent are chosen among codes of more than median contrast."
+        f"Each row is one code: the boxed patches of {patch_size} px, with their surroundings, that the "
+        f"tokenizer gave it, from {len(crops):,} stored crops. Likeness is the mean cosine between gradient "
+        "histograms of its patches; the most consistent are chosen among codes of more than median contrast."
     )
     parts = ["<h3>Patches grouped by code</h3>", report_page.paragraph(lead)]
     for name, groups in (("Most consistent", consistent), ("Most used of the others", used)):

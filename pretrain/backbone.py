@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -196,6 +196,9 @@ class Backbone(nn.Module):
     `MIM` extends it rather than holding it, so that its parameters keep their published, flat names.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
@@ -215,6 +218,9 @@ class Backbone(nn.Module):
             for rate in drop_path_rates(config.drop_path, config.depth)
         )
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        # On the model's device, where making them anew for every batch would wait for the GPU.
+        self.register_buffer("pixel_mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
 
         init_trunc_normal(self.cls_token)
         init_trunc_normal(self.mask_token)
@@ -250,18 +256,11 @@ class Backbone(nn.Module):
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images [B, 3, S, S] or [B, S, S, 3] -> float32 [B, 3, S, S], as in its training."""
-        return normalize_images(images, mean=self.config.mean, std=self.config.std)
-
-
-def normalize_images(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 images [B, 3, S, S] or [B, S, S, 3] -> (x / 255 - mean) / std as float32 [B, 3, S, S]."""
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(f"expected a batch of uint8 images, got {images.dtype} {tuple(images.shape)}")
-    if images.shape[1] != 3:
-        images = images.permute(0, 3, 1, 2)
-    shift = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
-    scale = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
-    return (images.float() / 255.0 - shift) / scale
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise ValueError(f"expected a batch of uint8 images, got {images.dtype} {tuple(images.shape)}")
+        if images.shape[1] != 3:
+            images = images.permute(0, 3, 1, 2)
+        return (images.float() / 255.0 - self.pixel_mean) / self.pixel_std
 
 
 def init_trunc_normal(tensor: Tensor) -> None:

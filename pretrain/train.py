@@ -234,6 +234,8 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
             "scaler": scaler.state_dict(),
             "metrics": metrics,
         }
+        if log is not None:
+            log.flush()
         checkpoints.save(TrainState(epoch=epoch, position=position, step=step), tensors)
 
     step, saved = state.step, time.monotonic()

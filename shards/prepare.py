@@ -10,7 +10,7 @@ import functools
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +47,7 @@ CONFIG = "config.json"
 PARTS = ("train", "val")
 
 _READ_THREADS = 8
+_HASHED_IN_PROCESS_BYTES = 256 << 20  # a second or two: less than it takes to start workers
 _TAR_OVERHEAD_BYTES = 1024  # a header, and padding to whole blocks
 
 
@@ -111,16 +112,33 @@ def prepare_images(config: PrepareConfig) -> None:
     A finished one of the same settings is left as it is. InputError, with nothing written, for a source that
     is missing or empty and for an output that holds something else.
     """
+    # Decoding needs no GPU; none is reserved where there are some.
+    config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, use_gpu=False))
     output = storage.absolute(config.output)
     sources = _frozen_sources(config, output)
+    parts: list[Part] = []
     if config.val_fraction == 0:
-        _write_dataset(config, output, sources)
-        return
-    for part, chosen in zip(PARTS, split_by_content(sources, config.val_fraction, config.seed), strict=True):
-        url = storage.join(output, part)
-        frozen = freeze(storage.join(url, SOURCES), chosen)
-        _check_origin(url, frozen, chosen.origin)
-        _write_dataset(config, url, frozen)
+        parts.append(_begin(config, output, sources))
+    else:
+        for name, chosen in zip(
+            PARTS, split_by_content(sources, config.val_fraction, config.seed), strict=True
+        ):
+            root = storage.join(output, name)
+            frozen = freeze(storage.join(root, SOURCES), chosen)
+            _check_origin(root, frozen, chosen.origin)
+            parts.append(_begin(config, root, frozen))
+    unfinished = [part for part in parts if not storage.exists(storage.join(part.root, MANIFEST))]
+    if unfinished:
+        _write_shards(config, unfinished)
+    for part in parts:
+        if part in unfinished:
+            manifest = commit.finish(
+                part.root, part.plan, functools.partial(decode_image, config=config.decode)
+            )
+        else:
+            manifest = read_manifest(part.root)
+            print(f"{part.root} is finished already", flush=True)
+        _print_account(part.root, manifest)
 
 
 # ------------------------------------------------------------------------------------------------ sources
@@ -178,8 +196,10 @@ def _hashed(config: PrepareConfig, sources: Sources) -> Sources:
         for first, end in itertools.pairwise(first_ids)
     )
     progress = Progress("hashing", len(sources), "images")
-    make_hasher = functools.partial(_Hasher, config)
-    for first_id, found in map_items(ranges, make_hasher, config.cluster):
+    cluster = config.cluster
+    if int(sources.table.column("bytes").to_numpy().sum()) <= _HASHED_IN_PROCESS_BYTES:
+        cluster = dataclasses.replace(cluster, num_workers=0)
+    for first_id, found in map_items(ranges, functools.partial(_Hasher, config), cluster):
         hashes[first_id : first_id + len(found)] = found
         progress.update(len(found))
     progress.close()
@@ -245,27 +265,46 @@ def plan_dataset(config: PrepareConfig, sources: Sources) -> Plan:
     )
 
 
-def _write_dataset(config: PrepareConfig, root: str, sources: Sources) -> None:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """A dataset in the making: where it goes, and its plan."""
+
+    root: str
+    plan: Plan
+
+    @property
+    def is_tars(self) -> bool:
+        """True where the images stay in the source's tars."""
+        return self.plan.header["source"]["kind"] == "tars"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One shard of one part, by the part's number."""
+
+    part: int
+    item: Item
+
+
+def _begin(config: PrepareConfig, root: str, sources: Sources) -> Part:
     plan = commit.start(root, plan_dataset(config, sources), beside=(SOURCES, CONFIG))
-    if storage.exists(storage.join(root, MANIFEST)):
-        manifest = read_manifest(root)
-        print(f"{root} is finished already", flush=True)
-    else:
-        record = {"config": identity(config, ("output", "cluster")), "code_version": code_version()}
-        storage.create(storage.join(root, CONFIG), canonical_json(record) + b"\n")
-        _write_shards(config, root, plan)
-        manifest = commit.finish(root, plan, functools.partial(decode_image, config=config.decode))
-    _print_account(root, manifest)
+    record = {"config": identity(config, ("output", "cluster")), "code_version": code_version()}
+    storage.create(storage.join(root, CONFIG), canonical_json(record) + b"\n")
+    return Part(root=root, plan=plan)
 
 
-def _write_shards(config: PrepareConfig, root: str, plan: Plan) -> None:
-    waiting = list(commit.pending(root, plan))
-    total = plan.first_ids[-1]
-    done = total - sum(item.samples for item in waiting)
-    progress = Progress(f"preparing {storage.name(root)}", total, "images", done=done)
-    make_preparer: Callable[[], Preparer] = functools.partial(Preparer, config, root, plan)
+def _write_shards(config: PrepareConfig, parts: list[Part]) -> None:
+    """All parts in one pass: starting workers takes seconds, and is paid once."""
+    work = [
+        Work(part=number, item=item)
+        for number, part in enumerate(parts)
+        for item in commit.pending(part.root, part.plan)
+    ]
+    total = sum(part.plan.first_ids[-1] for part in parts)
+    done = total - sum(unit.item.samples for unit in work)
+    progress = Progress("preparing", total, "images", done=done)
     rejected = 0
-    for samples, rejects in map_items(waiting, make_preparer, config.cluster):
+    for samples, rejects in map_items(work, functools.partial(Preparer, config, parts), config.cluster):
         rejected += rejects
         progress.update(samples + rejects, rejected=rejected)
     progress.close(rejected=rejected)
@@ -274,38 +313,36 @@ def _write_shards(config: PrepareConfig, root: str, plan: Plan) -> None:
 class Preparer:
     """Writes the shard of one id range: read, decode to prove, build, commit. Returns (written, rejected)."""
 
-    def __init__(self, config: PrepareConfig, root: str, plan: Plan) -> None:
+    def __init__(self, config: PrepareConfig, parts: Sequence[Part]) -> None:
         self._config = config
-        self._root = root
-        self._plan = plan
+        self._parts = parts
         self._pool = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="read")
 
-    def __call__(self, item: Item) -> tuple[int, int]:
-        rows = read_rows(storage.join(self._root, SOURCES), item.first_id, item.end_id)
+    def __call__(self, work: Work) -> tuple[int, int]:
+        part, item = self._parts[work.part], work.item
+        rows = read_rows(storage.join(part.root, SOURCES), item.first_id, item.end_id)
         images = _images(rows, self._config, self._pool)
         samples: list[StoredSample] = []
         rejects: list[RejectedSample] = []
         for sample_id, (source, image) in enumerate(zip(rows, images, strict=True), item.first_id):
             try:
-                samples.append(self._sample(sample_id, source, image))
+                samples.append(self._sample(sample_id, source, image, part.is_tars))
             except Rejected as rejected:
                 reason, message = rejected.reason, rejected.message
                 rejects.append(
                     RejectedSample(sample_id=sample_id, source=source.name, reason=reason, message=message)
                 )
         foreign = None
-        if self._is_tar:
+        if part.is_tars:
             found = check_unchanged(rows[0].url, rows[0].version)
             foreign = ForeignTar(url=found.url, bytes=found.bytes, version=found.version)
         built = build_shard(samples, rejects, grid=None, codebook_size=None, foreign=foreign)
-        receipt = commit.commit(self._root, self._plan, item, built)
+        receipt = commit.commit(part.root, part.plan, item, built)
         return receipt.samples, sum(receipt.rejected.values())
 
-    @property
-    def _is_tar(self) -> bool:
-        return self._plan.header["source"]["kind"] == "tars"
-
-    def _sample(self, sample_id: int, source: Source, image: bytes | Rejected) -> StoredSample:
+    def _sample(
+        self, sample_id: int, source: Source, image: bytes | Rejected, in_place: bool
+    ) -> StoredSample:
         """The sample, its image decoded once and found readable; raises Rejected."""
         if isinstance(image, Rejected):
             raise image
@@ -320,7 +357,7 @@ class Preparer:
             source_width=width,
             source_height=height,
             label=source.label,
-            image_offset=source.offset if self._is_tar else None,
+            image_offset=source.offset if in_place else None,
         )
 
 

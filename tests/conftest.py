@@ -158,7 +158,9 @@ def _server(
 ) -> Iterator[None]:
     """A process that answers at `url`; ended by SIGTERM."""
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, env=environment, cwd=cwd, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command, env=environment, cwd=cwd, stdout=log, stderr=log, start_new_session=True
+        )
         try:
             deadline = time.monotonic() + 120
             while not _answers(url):
@@ -172,9 +174,10 @@ def _server(
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(30)
+                process.wait(60)
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def _answers(url: str) -> bool:

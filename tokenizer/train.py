@@ -192,6 +192,8 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
             "scaler": scaler.state_dict(),
             "metrics": metrics,
         }
+        if log is not None:
+            log.flush()
         checkpoints.save(TrainState(epoch=epoch, position=position, step=step), tensors)
 
     step, saved = state.step, time.monotonic()

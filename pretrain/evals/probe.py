@@ -62,7 +62,7 @@ class ProbeConfig:
     """Image shards the accuracy is measured on."""
     output: str
     """Where probe.json goes: a folder or any fsspec URL."""
-    lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     """Learning rates to choose from."""
     epochs: int = 50
     """Passes over the features."""

@@ -332,3 +332,37 @@ def test_the_running_stage_ends_with_the_pipeline(tmp_path: Path) -> None:
     assert pipeline.wait(30) == 128 + signal.SIGTERM
     assert not Path(f"/proc/{children[0]}").exists()
     assert run_pipeline.read_record(str(tmp_path / "run")) == {}
+
+
+@pytest.mark.slow
+def test_all_stages_run_here_on_images_without_labels(tmp_path: Path, make_image_folder: Any) -> None:
+    """The quickstart's files with tiny models, in process: every artifact, then nothing left to do."""
+    folder = make_image_folder(classes=0, per_class=32, size=32)
+    tokenizer = {
+        "model": {"image_size": 32, "width": 32, "depth": 1, "heads": 2, "codebook_size": 16, "code_dim": 8},
+        "epochs": 1,
+        "batch_size": 8,
+    }
+    backbone = {
+        "backbone": {"width": 32, "depth": 2, "heads": 2},
+        "mim": {"patch_aggregation": {"layer": 1, "head_depth": 1}},
+        "epochs": 1,
+        "batch_size": 8,
+    }
+    arguments = [
+        *("--config", "jobs/configs/quickstart/pipeline.yaml"),
+        *("--images", str(folder), "--output", str(tmp_path / "run")),
+        *("--val_fraction", "0.25", "--cluster.num_workers", "0"),
+        *("--train_tokenizer.overrides", json.dumps(tokenizer)),
+        *("--pretrain_mim.overrides", json.dumps(backbone)),
+    ]
+    first = run_job(arguments)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.stdout.splitlines()[-1].endswith("report.html")
+    assert "perplexity" in first.stdout
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "label" in page
+    again = run_job(arguments)
+    assert again.returncode == 0
+    assert again.stdout.count("skipped") == 6
+    assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]

@@ -14,7 +14,6 @@ from pretrain.backbone import (
     BackboneConfig,
     BackboneSize,
     load_backbone,
-    normalize_images,
     read_backbone_header,
     relative_position_index,
     save_backbone,
@@ -199,13 +198,16 @@ def test_images_are_normalised_from_either_layout():
         0, 256, (2, 5, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 1.0)
+    model = Backbone(
+        BackboneConfig(image_size=8, patch_size=4, width=8, depth=1, heads=1, mean=mean, std=std)
+    )
     expected = (images.numpy() / 255.0 - np.array(mean)) / np.array(std)
     for layout in (images, images.permute(0, 3, 1, 2)):
-        normalised = normalize_images(layout, mean=mean, std=std)
+        normalised = model.normalize(layout)
         assert normalised.dtype == torch.float32 and normalised.shape == (2, 3, 5, 5)
         np.testing.assert_allclose(normalised.permute(0, 2, 3, 1).numpy(), expected, atol=1e-6)
     with pytest.raises(ValueError, match="uint8"):
-        normalize_images(images.float(), mean=mean, std=std)
+        model.normalize(images.float())
 
 
 # ------------------------------------------------------------------------------------------------ artifact

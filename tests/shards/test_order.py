@@ -198,6 +198,17 @@ def test_a_billion_samples_need_no_memory_per_sample() -> None:
     assert located(order, edges) == located(Order(sizes, 1, 2), edges[::-1])[::-1]
 
 
+def test_memory_does_not_grow_over_an_epoch() -> None:
+    """Every window of 4 M samples is visited: their permutations together would be 32 MB."""
+    order = Order(np.full(2000, 2000), 1, 2)
+    tracemalloc.start()
+    for first in range(0, 4_000_000, 64 * 1000):
+        order.locate(np.arange(first, first + 64))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8_000_000
+
+
 def test_positions_outside_the_epoch_are_errors() -> None:
     order = Order([3, 4], 0, 0)
     assert located(order, []) == []

@@ -1,10 +1,11 @@
-"""Preparing: every source is written untouched or rejected with its reason, whatever it is and whatever happens."""
+"""Preparing: every source is written untouched or rejected with its reason, whatever happens."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -86,7 +87,7 @@ def tree(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-# ------------------------------------------------------------------------------------------ what is written
+# ---------------------------------------------------------------------------------- what is written
 
 
 def test_a_folder_becomes_a_dataset(tmp_path, capsys):
@@ -196,7 +197,7 @@ def test_a_folder_without_any_image_is_an_empty_dataset_with_an_account(tmp_path
     assert open_dataset(str(tmp_path / "out")).manifest.samples_written == 0
 
 
-# ------------------------------------------------------------------------------------------ under interruption
+# ---------------------------------------------------------------------------------- under interruption
 
 
 def test_interrupted_and_repeated_gives_the_bytes_of_an_undisturbed_run(tmp_path, monkeypatch):
@@ -241,7 +242,7 @@ def test_interrupted_between_listing_and_plan(tmp_path, monkeypatch):
         assert sum(open_dataset(str(part)).manifest.samples_in for part in parts) == 30
 
 
-# ------------------------------------------------------------------------------------------ splits
+# ---------------------------------------------------------------------------------- splits
 
 
 def test_a_split_keeps_duplicates_together_and_loses_nothing(tmp_path):
@@ -271,7 +272,7 @@ def test_a_split_keeps_duplicates_together_and_loses_nothing(tmp_path):
     assert tree(tmp_path / "out") == before
 
 
-# ------------------------------------------------------------------------------------------ tars and Parquet
+# ---------------------------------------------------------------------------------- tars and Parquet
 
 
 def test_tars_are_indexed_where_they_are(tmp_path):
@@ -363,7 +364,7 @@ def test_parquet_becomes_tars(tmp_path):
             assert row["label"] == int(row["source"].rpartition("=")[2]) % 3
 
 
-# ------------------------------------------------------------------------------------------ limits
+# ---------------------------------------------------------------------------------- limits
 
 
 def sources_of(
@@ -392,7 +393,7 @@ def test_ranges_respect_both_limits_and_tars():
         for kind in ("folder", "tars"):
             ids = plan_ranges(sources_of(sizes, paths, kind), config)
             assert ids[0] == 0 and ids[-1] == len(sizes) and list(ids) == sorted(set(ids))
-            for first, end in zip(ids, ids[1:], strict=False):
+            for first, end in itertools.pairwise(ids):
                 room = [1024 + (size if size <= 60_000 else 0) for size in sizes]
                 assert end - first <= 10 and (sum(room[first:end]) <= 50_000 or end == first + 1)
                 if kind == "tars":
@@ -408,7 +409,7 @@ def test_limits_of_shards_hold_on_disk(tmp_path):
     assert dataset.num_shards == 4 and all(shard.tar_bytes <= 20_000 + 10_240 for shard in dataset.shards())
 
 
-# ------------------------------------------------------------------------------------------ a hostile folder
+# ---------------------------------------------------------------------------------- a hostile folder
 
 
 def hostile_files() -> dict[str, bytes]:
@@ -500,7 +501,7 @@ def test_a_hostile_folder_is_written_or_rejected_down_to_the_last_file(tmp_path)
     assert any(reason == "truncated" for reason in refused.values())
 
 
-# ------------------------------------------------------------------------------------------ real data, clusters
+# ---------------------------------------------------------------------------------- real data, clusters
 
 
 def test_real_photographs_in_a_tar(tmp_path, shared_dir):

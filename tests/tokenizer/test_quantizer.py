@@ -61,8 +61,9 @@ def test_nearest_code_does_not_depend_on_the_block_size(monkeypatch: pytest.Monk
     features, codebook = torch.randn(101, 8), unit_rows(16, 8, 0)
     whole = nearest_code(features, codebook)
     for elements in (1, 16, 16 * 7, 16 * 100):
-        monkeypatch.setattr(quantizer, "_SIMILARITY_ELEMENTS", elements)
+        monkeypatch.setitem(quantizer._BLOCK_ELEMENTS, "cpu", elements)
         assert torch.equal(nearest_code(features, codebook), whole)
+    assert nearest_code(features[:0], codebook).shape == (0,)
 
 
 def test_the_first_of_equal_codes_is_chosen():

@@ -202,13 +202,13 @@ def test_initial_weights_have_the_published_spread():
     model = VQKD(VQKDConfig(depth=4, decoder_depth=2, width=192, heads=3, image_size=32), 64)
     for i, block in enumerate(model.encoder.blocks, start=1):
         for weight in (block.attn.proj.weight, block.mlp.fc2.weight):  # type: ignore[union-attr]
-            assert float(weight.std()) == pytest.approx(0.02 / (2 * i) ** 0.5, rel=0.03)
+            assert weight.std().item() == pytest.approx(0.02 / (2 * i) ** 0.5, rel=0.03)
     for layer in (model.encode_task_layer, model.decode_task_layer):
         for linear in (layer[0], layer[2]):
-            assert float(linear.weight.std()) == pytest.approx(0.02, rel=0.05) and not linear.bias.any()
+            assert linear.weight.std().item() == pytest.approx(0.02, rel=0.05) and not linear.bias.any()
     # Convolutions keep torch's uniform default, whose deviation is 1 / sqrt(3 fan_in).
-    assert float(model.encoder.patch_embed.proj.weight.std()) == pytest.approx((3 * 768) ** -0.5, rel=0.03)
-    assert float(model.decoder.patch_embed.proj.weight.std()) == pytest.approx((3 * 32) ** -0.5, rel=0.03)
+    assert model.encoder.patch_embed.proj.weight.std().item() == pytest.approx((3 * 768) ** -0.5, rel=0.03)
+    assert model.decoder.patch_embed.proj.weight.std().item() == pytest.approx((3 * 32) ** -0.5, rel=0.03)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import safetensors.torch
+import torch
+
+from pipeline.checkpoints import CheckpointStore
+from pipeline.cluster import ClusterConfig
+from pipeline.errors import InputError
+from pipeline.metrics import read_metrics
+from pipeline.optim import OptimConfig
+from pretrain.backbone import BackboneSize, load_backbone, read_backbone_header
+from pretrain.mim import MIMConfig, PatchAggregationConfig, load_mim
+from pretrain.train import PretrainConfig, pretrain_mim
+
+if TYPE_CHECKING:
+    from tests.conftest import RayHead
+
+Make = Callable[..., PretrainConfig]
+
+
+@pytest.fixture(scope="session")
+def make_config(token_shards: str) -> Make:
+    """`make_config(output, …)`: seconds of pretraining."""
+
+    def make(
+        output: Path | str,
+        *,
+        layer: int | None = 2,
+        micro_batch_size: int | None = None,
+        checkpoint_every_s: float = 600.0,
+        cluster: ClusterConfig | None = None,
+        epochs: int = 3,
+    ) -> PretrainConfig:
+        return PretrainConfig(
+            output=str(output),
+            shards=token_shards,
+            backbone=BackboneSize(width=32, depth=3, heads=2, drop_path=0.1),
+            mim=MIMConfig(patch_aggregation=PatchAggregationConfig(layer=layer, head_depth=1)),
+            optim=OptimConfig(peak_lr=3e-3, warmup_epochs=0.5),
+            epochs=epochs,
+            batch_size=8,
+            micro_batch_size=micro_batch_size,
+            log_every_steps=1,
+            checkpoint_every_s=checkpoint_every_s,
+            cluster=cluster or ClusterConfig(num_workers=0),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def backbone_url(make_config: Make, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A finished run."""
+    output = str(tmp_path_factory.mktemp("backbone") / "out")
+    pretrain_mim(make_config(output))
+    return output
+
+
+def _weights(output: str | Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(Path(output) / "backbone.safetensors")
+
+
+def _train_records(output: str | Path) -> list[dict[str, float | int | str]]:
+    return [r for r in read_metrics(str(output)) if r["split"] == "train"]
+
+
+def test_run_logs_both_heads_and_leaves_a_backbone(backbone_url: str, token_shards: str) -> None:
+    del token_shards
+    records = _train_records(backbone_url)
+    assert [r["step"] for r in records] == list(range(1, 16))
+    assert {"loss", "loss_cls", "loss_total", "accuracy", "accuracy_cls", "lr", "grad_norm"} <= records[
+        0
+    ].keys()
+    # An untrained model guesses: the cross-entropy over 8 codes is about log 8 in either head.
+    assert float(records[0]["loss"]) == pytest.approx(math.log(8), rel=0.1)
+    assert float(records[0]["loss_cls"]) == pytest.approx(math.log(8), rel=0.1)
+    header = read_backbone_header(backbone_url)
+    assert header["run"]["steps"] == 15 and header["tokenizer"]["codebook_size"] == 8
+    assert CheckpointStore(backbone_url).latest() is None
+    features = load_backbone(backbone_url).features(torch.zeros(2, 3, 32, 32))
+    assert features.cls.shape == (2, 32) and features.patches.shape == (2, 16, 32)
+    assert load_mim(backbone_url).codebook_size == 8
+
+
+def test_pretraining_learns_the_codes(make_config: Make, tmp_path: Path) -> None:
+    pretrain_mim(make_config(tmp_path / "out", epochs=20))
+    records = _train_records(tmp_path / "out")
+    for name in ("loss", "loss_cls"):
+        assert sum(float(r[name]) for r in records[-5:]) < 0.7 * sum(float(r[name]) for r in records[:5])
+
+
+def test_without_aggregation_there_is_one_head(make_config: Make, tmp_path: Path) -> None:
+    pretrain_mim(make_config(tmp_path / "out", layer=None, epochs=1))
+    assert "loss_cls" not in _train_records(tmp_path / "out")[0]
+    assert not [name for name in _weights(tmp_path / "out") if name.startswith("cls_pt")]
+
+
+def test_micro_batches_keep_the_objective(backbone_url: str, make_config: Make, tmp_path: Path) -> None:
+    # Stochastic depth draws per forward pass, so the runs are compared at their first step, which has lr 0.
+    pretrain_mim(make_config(tmp_path / "out", micro_batch_size=3, epochs=1))
+    whole, micro = _train_records(backbone_url)[0], _train_records(tmp_path / "out")[0]
+    assert float(micro["loss"]) == pytest.approx(float(whole["loss"]), rel=0.02)
+
+
+class _Killed(BaseException):
+    """Ends a run like a kill: nothing after it is executed."""
+
+
+def test_killed_run_resumes_to_the_same_weights_and_curve(
+    backbone_url: str, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path / "out", checkpoint_every_s=0.0)
+    save, saves = CheckpointStore.save, []
+
+    def save_and_die(self: CheckpointStore, state: object, tensors: dict[str, object]) -> None:
+        save(self, state, tensors)  # type: ignore[arg-type]
+        saves.append(state)
+        if len(saves) == 7:
+            raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "save", save_and_die)
+        with pytest.raises(_Killed):
+            pretrain_mim(config)
+    pretrain_mim(config)
+    straight, resumed = _weights(backbone_url), _weights(tmp_path / "out")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert _train_records(backbone_url) == _train_records(tmp_path / "out")
+
+
+def test_finished_run_is_left_alone_and_another_is_refused(
+    backbone_url: str, make_config: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (Path(backbone_url) / "backbone.json").read_bytes()
+    pretrain_mim(make_config(backbone_url))
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"mim\.patch_aggregation\.layer: there 2, asked 1"):
+        pretrain_mim(make_config(backbone_url, layer=1))
+    assert (Path(backbone_url) / "backbone.json").read_bytes() == before
+
+
+@pytest.mark.ray
+def test_two_workers_share_the_batch(
+    backbone_url: str, make_config: Make, tmp_path: Path, ray_head: RayHead
+) -> None:
+    cluster = ClusterConfig(num_workers=2, address=ray_head.address)
+    pretrain_mim(make_config(tmp_path / "out", cluster=cluster, epochs=1))
+    one, two = _train_records(backbone_url), _train_records(tmp_path / "out")
+    assert [r["step"] for r in two] == [1, 2, 3, 4, 5]
+    # The same batches, masks and first weights; only stochastic depth draws differ.
+    assert float(two[0]["loss"]) == pytest.approx(float(one[0]["loss"]), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shards": "/no/such/place"}, "/no/such/place"),
+        ({"batch_size": 64}, "64"),
+        ({"mim": MIMConfig(patch_aggregation=PatchAggregationConfig(layer=9))}, "layer is 9"),
+    ],
+)
+def test_bad_input_writes_nothing(
+    make_config: Make, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        pretrain_mim(dataclasses.replace(make_config(tmp_path / "out"), **change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_source_of_codes_is_needed() -> None:
+    for wrong in ({}, {"shards": "a", "images": "b", "tokenizer": "c"}, {"images": "b"}):
+        with pytest.raises(InputError, match="give either"):
+            PretrainConfig(output="x", **wrong)

@@ -1,0 +1,91 @@
+"""A tiny image dataset and a tiny tokenizer, trained once for the tests that need one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.cluster import ClusterConfig
+from pipeline.optim import OptimConfig
+from shards.prepare import PrepareConfig, prepare_images
+from shards.views import ViewPolicy
+from tokenizer.train import TokenizerTrainConfig, train_tokenizer
+from tokenizer.vqkd import VQKDConfig
+
+IN_PROCESS = ClusterConfig(num_workers=0)
+NUM_IMAGES = 40
+"""Of which one is broken."""
+
+
+@pytest.fixture(scope="session")
+def image_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """39 pictures of stripes in two classes, in shards of 16, and one reject."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:40, :48]
+    for number in range(NUM_IMAGES):
+        folder = root / "source" / f"class-{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        stripes = ((x * (number % 2) + y) // (2 + number % 5) % 2)[..., None] * rng.uniform(80, 220, 3)
+        pixels = np.clip(stripes + rng.normal(20, 5, (40, 48, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:03d}.jpg", quality=95)
+    (root / "source" / "class-0" / "000.jpg").write_bytes(b"no image")
+    output = str(root / "shards")
+    prepare_images(
+        PrepareConfig(source=str(root / "source"), output=output, max_shard_samples=16, cluster=IN_PROCESS)
+    )
+    return output
+
+
+@pytest.fixture(scope="session")
+def tokenizer_config(image_shards: str) -> Callable[..., TokenizerTrainConfig]:
+    """`tokenizer_config(output, …)`: seconds of training on a 4 x 4 grid."""
+
+    def make(
+        output: Path | str,
+        *,
+        epochs: int = 2,
+        micro_batch_size: int | None = None,
+        num_workers: int = 0,
+        address: str | None = None,
+        checkpoint_every_s: float = 600.0,
+    ) -> TokenizerTrainConfig:
+        return TokenizerTrainConfig(
+            images=image_shards,
+            val_images=image_shards,
+            output=str(output),
+            model=VQKDConfig(
+                image_size=32,
+                patch_size=8,
+                width=32,
+                depth=2,
+                heads=2,
+                decoder_depth=1,
+                codebook_size=16,
+                code_dim=8,
+            ),
+            views=ViewPolicy(scale=(0.5, 1.0), views_per_image=0),
+            optim=OptimConfig(peak_lr=1e-3, betas=(0.9, 0.99), warmup_epochs=0.5, clip_grad_norm=None),
+            epochs=epochs,
+            batch_size=8,
+            micro_batch_size=micro_batch_size,
+            log_every_steps=1,
+            checkpoint_every_s=checkpoint_every_s,
+            cluster=ClusterConfig(num_workers=num_workers, address=address),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_url(
+    tokenizer_config: Callable[..., TokenizerTrainConfig], tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """A trained tokenizer of 16 codes."""
+    output = str(tmp_path_factory.mktemp("tokenizer") / "out")
+    train_tokenizer(tokenizer_config(output))
+    return output

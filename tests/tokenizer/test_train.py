@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import safetensors.torch
+import torch
+
+from pipeline.artifacts import read_header
+from pipeline.checkpoints import CheckpointStore
+from pipeline.errors import InputError
+from pipeline.metrics import read_metrics
+from tokenizer.teacher import TeacherConfig
+from tokenizer.train import TokenizerTrainConfig, train_tokenizer
+
+if TYPE_CHECKING:
+    from tests.conftest import RayHead
+
+Make = Callable[..., TokenizerTrainConfig]
+
+
+def _weights(output: str | Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(Path(output) / "tokenizer.safetensors")
+
+
+def test_run_leaves_artifact_metrics_and_no_checkpoints(tokenizer_url: str) -> None:
+    header = read_header(tokenizer_url, "tokenizer")
+    assert header is not None
+    assert header["metrics"]["steps"] == 2 * (39 // 8)
+    assert 0 < header["metrics"]["codebook_usage"] <= 1 and 1 <= header["metrics"]["perplexity"] <= 16
+    records = read_metrics(tokenizer_url)
+    train = [r for r in records if r["split"] == "train"]
+    assert [r["step"] for r in train] == list(range(1, 9)) and "rec_loss" in train[0] and "lr" in train[0]
+    assert [r["epoch"] for r in records if r["split"] == "epoch"] == [1, 2]
+    assert CheckpointStore(tokenizer_url).latest() is None
+
+
+def test_training_lowers_the_loss(tokenizer_config: Make, tmp_path: Path) -> None:
+    train_tokenizer(tokenizer_config(tmp_path / "out", epochs=12))
+    losses = [float(r["rec_loss"]) for r in read_metrics(str(tmp_path / "out")) if r["split"] == "train"]
+    assert sum(losses[-4:]) / 4 < 0.9 * sum(losses[:4]) / 4
+
+
+def test_finished_run_is_left_alone(
+    tokenizer_url: str, tokenizer_config: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (Path(tokenizer_url) / "tokenizer.json").read_bytes()
+    train_tokenizer(tokenizer_config(tokenizer_url))
+    assert "nothing to do" in capsys.readouterr().out
+    assert (Path(tokenizer_url) / "tokenizer.json").read_bytes() == before
+
+
+def test_other_settings_at_the_same_output_are_refused(tokenizer_url: str, tokenizer_config: Make) -> None:
+    with pytest.raises(InputError, match=r"config\.epochs: there 2, asked 3"):
+        train_tokenizer(tokenizer_config(tokenizer_url, epochs=3))
+
+
+def test_micro_batches_keep_the_objective(tokenizer_url: str, tokenizer_config: Make, tmp_path: Path) -> None:
+    train_tokenizer(tokenizer_config(tmp_path / "micro", micro_batch_size=3))
+    whole, micro = _weights(tokenizer_url), _weights(tmp_path / "micro")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(micro[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+class _Killed(BaseException):
+    """Ends a run like a kill: nothing after it is executed."""
+
+
+def test_killed_run_resumes_from_its_checkpoint_to_the_same_weights(
+    tokenizer_url: str, tokenizer_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tokenizer_config(tmp_path / "out", checkpoint_every_s=0.0)
+    save, saves = CheckpointStore.save, []
+
+    def save_and_die(self: CheckpointStore, state: object, tensors: dict[str, object]) -> None:
+        save(self, state, tensors)  # type: ignore[arg-type]
+        saves.append(state)
+        if len(saves) == 3:
+            raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "save", save_and_die)
+        with pytest.raises(_Killed):
+            train_tokenizer(config)
+    train_tokenizer(config)
+    straight, resumed = _weights(tokenizer_url), _weights(tmp_path / "out")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    steps = [r["step"] for r in read_metrics(str(tmp_path / "out")) if r["split"] == "train"]
+    assert steps == list(range(1, 9))
+
+
+@pytest.mark.ray
+def test_two_workers_give_the_weights_of_one(
+    tokenizer_url: str, tokenizer_config: Make, tmp_path: Path, ray_head: RayHead
+) -> None:
+    train_tokenizer(tokenizer_config(tmp_path / "out", num_workers=2, address=ray_head.address))
+    one, two = _weights(tokenizer_url), _weights(tmp_path / "out")
+    # Sums over ranks round differently, so k-means and AdamW drift apart a little.
+    differing = [name for name in one if not torch.allclose(one[name], two[name], rtol=1e-2, atol=2e-3)]
+    assert not differing
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": "/no/such/place"}, "no dataset at /no/such/place"),
+        ({"batch_size": 64}, "64"),
+        ({"teacher": TeacherConfig(input_size=30)}, "30"),
+        ({"teacher": TeacherConfig(name="telepathy")}, "telepathy"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    tokenizer_config: Make, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    config = dataclasses.replace(tokenizer_config(tmp_path / "out"), **change)
+    with pytest.raises(InputError, match=message):
+        train_tokenizer(config)
+    assert not (tmp_path / "out").exists()
