@@ -200,16 +200,22 @@ def _tokenizer_lines(found: Findings) -> Lines:
     figures, size = found.tokenizer["metrics"], found.tokenizer["config"]["codebook_size"]
     held_out = any("val_rec_loss" in record for record in found.curves["tokenizer"])
     where = "held-out images" if held_out else "training images"
-    usage, loss = figures["codebook_usage"], figures["reconstruction_loss"]
+    usage, used = figures["codebook_usage"], f"of {size:,} codes, {where}"
+    if usage is not None:
+        used = f"{round(usage * size):,} {used}"
     teacher = found.tokenizer["teacher"].get("name") or "the teacher"
     return [
-        ("reconstruction loss", _or_unknown(loss, ".4f"), f"1 − cosine to {teacher}, {where}"),
-        ("codebook usage", percent(usage), f"{round(usage * size):,} of {size:,} codes, {where}"),
-        ("perplexity", _or_unknown(figures["perplexity"], ",.1f"), f"of at most {size:,}, {where}"),
+        (
+            "reconstruction loss",
+            _figure(figures["reconstruction_loss"], ".4f"),
+            f"1 − cosine to {teacher}, {where}",
+        ),
+        ("codebook usage", "not measured" if usage is None else percent(usage), used),
+        ("perplexity", _figure(figures["perplexity"], ",.1f"), f"of at most {size:,}, {where}"),
     ]
 
 
-def _or_unknown(value: float | None, style: str) -> str:
+def _figure(value: float | None, style: str) -> str:
     return "not measured" if value is None else format(value, style)
 
 

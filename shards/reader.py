@@ -22,7 +22,7 @@ import numpy as np
 
 from pipeline.errors import InputError
 from shards.cache import OpenShard, ShardCache
-from shards.decode import DecodeConfig, Rejected, decode_image
+from shards.decode import DecodeConfig, Rejected, decode_config_of, decode_image
 from shards.manifest import Dataset
 from shards.order import Order, rank_slice, view_of_epoch
 from shards.samples import sample_key
@@ -69,7 +69,8 @@ class ShardReader:
     dataset needs `views` and gives crops drawn from it: a new one in every epoch where
     `views.views_per_image` is 0, else the one of the epoch's view, as a token dataset of that policy would;
     with `stored_pixels` they pass through the stored JPEG and are equal to that dataset's bit for bit.
-    `center_crop` gives the evaluation crop instead.
+    `center_crop` gives the evaluation crop instead. Images are decoded as they were prepared, unless `decode`
+    says otherwise.
 
     `batch_size` counts over all ranks. With `drop_last` an epoch ends before the last N mod B samples
     (`num_dropped`), without it the last batch is short. With `shuffle` off, positions are in sample order.
@@ -103,7 +104,7 @@ class ShardReader:
         self.rank = rank
         self.world_size = world_size
         self.views = views
-        self.decode = decode if decode is not None else DecodeConfig()
+        self.decode = decode if decode is not None else _prepared_decode(dataset)
         self.center_crop = center_crop
         self.stored_pixels = stored_pixels
         self.num_threads = num_threads
@@ -376,6 +377,11 @@ class _SampleOrder:
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         shards = np.searchsorted(self._ends, positions, side="right")  # "right" steps over empty shards
         return shards, positions - self._starts[shards]
+
+
+def _prepared_decode(dataset: Dataset) -> DecodeConfig:
+    recipe = dataset.manifest.recipe.get("decode")
+    return DecodeConfig() if dataset.kind == "tokens" or recipe is None else decode_config_of(recipe)
 
 
 def _stored_size(dataset: Dataset) -> int:

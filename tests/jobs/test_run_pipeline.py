@@ -164,7 +164,7 @@ def test_a_second_run_runs_nothing(config: PipelineConfig, capsys: pytest.Captur
     assert "[pretrain_mim] pretrain_mim line 39" in capsys.readouterr().out
     assert fake.run(config) == []
     again = capsys.readouterr().out
-    assert again.count("skipped") == len(ALL)
+    assert again.count("; skipped") == len(ALL)
     # The summary, which is what the report's job printed, ends both runs.
     assert again.endswith("\nwrite_report line 38\nwrite_report line 39\n")
 
@@ -364,5 +364,5 @@ def test_all_stages_run_here_on_images_without_labels(tmp_path: Path, make_image
     assert "label" in page
     again = run_job(arguments)
     assert again.returncode == 0
-    assert again.stdout.count("skipped") == 6
+    assert again.stdout.count("; skipped") == 6
     assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]

@@ -155,7 +155,7 @@ def test_every_stage_runs_as_a_submitted_job(
 
     # Nothing is submitted a second time.
     run_pipeline.main(config)
-    assert capsys.readouterr().out.count("skipped") == len(names)
+    assert capsys.readouterr().out.count("; skipped") == len(names)
     assert sum(output in job.entrypoint for job in client.finished()) == len(names) + 1
 
 

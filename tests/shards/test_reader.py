@@ -18,7 +18,7 @@ from pipeline.errors import InputError
 from shards import cache
 from shards.build import ForeignTar, build_shard
 from shards.commit import Plan, commit, finish, pending, start
-from shards.decode import DecodeConfig, decode_image
+from shards.decode import DecodeConfig, decode_image, decode_recipe
 from shards.manifest import Dataset, open_dataset
 from shards.order import Order, view_of_epoch
 from shards.reader import SampleBatch, ShardReader
@@ -30,6 +30,7 @@ SIZE = 16
 GRID = (2, 3)
 CODEBOOK_SIZE = 4096
 POLICY = ViewPolicy(image_size=SIZE, scale=(0.3, 0.9), views_per_image=3, color_jitter=0.2, seed=5)
+PREPARED = DecodeConfig(max_pixels=5000, high_bit_depth="window", window=(0.0, 900.0))
 RANGES = (0, 7, 9, 15, 16, 24)
 REJECTED = {3: "truncated", 7: "corrupt", 8: "corrupt"}  # shard 1 has no sample left
 IDS = [i for i in range(RANGES[-1]) if i not in REJECTED]
@@ -89,7 +90,7 @@ def write_dataset(root: str, kind: str, ranges: tuple[int, ...] = RANGES) -> Dat
     plan = Plan(
         kind="tokens" if tokens else "images",
         inputs={"source": "a" * 64},
-        recipe={},
+        recipe={} if tokens else {"decode": decode_recipe(PREPARED)},
         first_ids=ranges,
         views=POLICY.views_per_image if tokens else 1,
         header={"tokenizer": tokenizer} if tokens else {},
@@ -386,6 +387,7 @@ def test_image_that_cannot_be_decoded_is_named(
     images: Dataset, reader_of: Callable[..., ShardReader]
 ) -> None:
     """Decoding with a tighter limit than preparing: nothing is skipped."""
+    assert reader_of(images, views=POLICY).decode == PREPARED
     reader = reader_of(images, views=POLICY, decode=DecodeConfig(max_pixels=500))
     with pytest.raises(InputError, match=r"sample 00000000\d\d-00 of .*\.tar cannot be decoded .*too_large"):
         list(reader.batches(0))
