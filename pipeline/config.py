@@ -27,11 +27,12 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
         prog=f"python -m {_module_name()}",
         description=(config_class.__doc__ or "").strip(),
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file or URL with any of the keys below")
     parser.add_class_arguments(config_class, as_group=False)
     try:
-        parsed = parser.instantiate_classes(parser.parse_args(argv))
+        parsed = parser.instantiate_classes(parser.parse_args(_explicit_flags(config_class, argv)))
     except jsonargparse.ArgumentError as error:
         raise InputError(f"{_one_line(error)}; `--help` lists every key") from None
     values = {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
@@ -60,6 +61,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 def identity(config: Any, places: Sequence[str]) -> dict[str, Any]:
     """What decides a run's result: its settings without `places`, the fields that only say where and how."""
     return {key: value for key, value in to_dict(config).items() if key not in places}
+
+
+def _explicit_flags(config_class: type[Any], argv: Sequence[str] | None) -> list[str]:
+    """The arguments with `--json` written out as `--json=true`, for the boolean fields."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    flags = {f"--{field.name}" for field in dataclasses.fields(config_class) if field.type in ("bool", bool)}
+    following = [*words[1:], "--"]
+    return [
+        f"{word}=true" if word in flags and after.startswith("--") else word
+        for word, after in zip(words, following, strict=False)
+    ]
 
 
 def _plain(value: Any) -> Any:

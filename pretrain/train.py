@@ -37,7 +37,6 @@ from pipeline.worker import Worker
 from pretrain.backbone import ARTIFACT, BackboneSize, read_backbone_header, save_backbone
 from pretrain.masking import MaskConfig, block_masks
 from pretrain.mim import MIM, MIMConfig, masked_patches, mim_figures, mim_header, mim_loss
-from shards.decode import DecodeConfig
 from shards.manifest import Dataset, open_dataset
 from shards.reader import SampleBatch, ShardReader
 from shards.views import ViewPolicy
@@ -63,8 +62,6 @@ class PretrainConfig:
     """Online mode: the tokenizer artifact."""
     views: ViewPolicy = ViewPolicy(views_per_image=0)
     """Online mode: crops; views_per_image 0 draws a new one of every image in every epoch."""
-    decode: DecodeConfig = DecodeConfig()
-    """Online mode: how source images become pixels."""
     backbone: BackboneSize = BackboneSize(drop_path=0.1)
     """The model that is pretrained."""
     mim: MIMConfig = MIMConfig()
@@ -333,7 +330,6 @@ def _reader(config: PretrainConfig, source: Source, worker: Worker) -> ShardRead
         rank=worker.rank,
         world_size=worker.world_size,
         views=config.views.resolve(source.tokenizer["image_size"]) if source.online is not None else None,
-        decode=config.decode,
         # Online crops pass through JPEG as stored ones do: both modes see the same pixels, bit for bit.
         stored_pixels=True,
         num_threads=config.decode_threads,

@@ -28,7 +28,7 @@ from pipeline.metrics import Progress
 from pipeline.optim import Precision
 from shards.build import build_shard
 from shards.commit import Item, Plan, commit, finish, pending, receipt, start
-from shards.decode import DECODE_VERSION, DecodeConfig, Rejected, decode_image
+from shards.decode import Rejected, decode_config_of, decode_image
 from shards.images import ImageSample, read_images, sample_ids
 from shards.manifest import Dataset, Manifest, open_dataset
 from shards.samples import RejectedSample, StoredSample
@@ -57,8 +57,6 @@ class PrecomputeConfig:
     """Where the token shards go: a folder or any fsspec URL."""
     views: ViewPolicy = ViewPolicy()
     """Which crops; views_per_image is the number that is stored of each image."""
-    decode: DecodeConfig = DecodeConfig()
-    """How source images become pixels; the same as in prepare_images."""
     batch_size: int = 64
     """Crops per forward pass; every batch is padded to this size, so results do not depend on the rest."""
     precision: Precision = "auto"
@@ -131,6 +129,7 @@ class ShardWriter:
             precision=encode["precision"],
             batch_size=encode["batch_size"],
         )
+        self._decode = decode_config_of(plan.recipe["decode"])
         self._policy = config.views.resolve(self._tokenizer.image_size)
         self._encoder = threading.Lock()
         self._threads = ThreadPoolExecutor(max(1, config.decode_threads), thread_name_prefix="crop")
@@ -172,7 +171,7 @@ class ShardWriter:
     def _crop(self, view: int, image: ImageSample) -> tuple[StoredSample, np.ndarray] | RejectedSample:
         """The crop as it will be stored, and the pixels a reader of it will see."""
         try:
-            pixels = decode_image(image.image, self._config.decode)
+            pixels = decode_image(image.image, self._decode)
         except Rejected as error:
             return RejectedSample(
                 sample_id=image.sample_id, source=image.source, reason=error.reason, message=error.message
@@ -215,7 +214,8 @@ def _plan(config: PrecomputeConfig, images: Dataset) -> Plan:
         raise InputError(f"views.views_per_image is {policy.views_per_image}; store 1 view or more")
     recipe = {
         "views": to_dict(policy),
-        "decode": {**to_dict(config.decode), "version": DECODE_VERSION},
+        # Crop boxes are in the coordinates of the decoder that prepared the images: it is not a setting here.
+        "decode": images.manifest.recipe["decode"],
         "encode": {
             "device": device,
             "precision": precision,

@@ -34,7 +34,6 @@ from pipeline.optim import (
 )
 from pipeline.step import RunningMeans, require_finite, synchronized, to_device
 from pipeline.worker import Worker
-from shards.decode import DecodeConfig
 from shards.manifest import Dataset, open_dataset
 from shards.reader import ShardReader
 from shards.views import ViewPolicy
@@ -64,8 +63,6 @@ class TokenizerTrainConfig:
     """The frozen model whose patch features the codes must predict."""
     views: ViewPolicy = ViewPolicy(scale=(0.08, 1.0), views_per_image=0)
     """Crops to train on; a new one of every image in every epoch."""
-    decode: DecodeConfig = DecodeConfig()
-    """How source images become pixels."""
     optim: OptimConfig = OptimConfig(
         peak_lr=5e-5, lr_batch_size=128, betas=(0.9, 0.99), weight_decay=1e-4, clip_grad_norm=None
     )
@@ -327,7 +324,6 @@ def _reader(
         rank=worker.rank,
         world_size=worker.world_size,
         views=config.views.resolve(config.model.image_size),
-        decode=config.decode,
         center_crop=validation,
         shuffle=not validation,
         drop_last=not validation,

@@ -102,7 +102,7 @@ def drop_path(x: Tensor, rate: float) -> Tensor:
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
     """Linearly increasing rates, 0 at the first block and `rate` at the last."""
-    return torch.linspace(0.0, rate, depth).tolist()
+    return torch.linspace(0.0, rate, depth, device="cpu").tolist()
 
 
 class PatchEmbed(nn.Module):

@@ -14,7 +14,6 @@ from pipeline.errors import InputError
 from pipeline.metrics import Progress
 from pipeline.step import to_device
 from pretrain.backbone import Backbone
-from shards.decode import DecodeConfig
 from shards.manifest import Dataset, read_shard_index
 from shards.reader import SampleBatch, ShardReader
 from shards.views import ViewPolicy
@@ -96,7 +95,6 @@ def center_crops(
     *,
     image_size: int,
     interpolation: str,
-    decode: DecodeConfig,
     batch_size: int,
     num_threads: int,
 ) -> ShardReader:
@@ -107,7 +105,6 @@ def center_crops(
         dataset,
         batch_size=batch_size,
         views=ViewPolicy(image_size=image_size, interpolation=interpolation),
-        decode=decode,
         center_crop=True,
         shuffle=False,
         drop_last=False,

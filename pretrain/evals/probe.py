@@ -37,7 +37,6 @@ from pretrain.evals.features import (
     pixel_features,
     read_labels,
 )
-from shards.decode import DecodeConfig
 from shards.manifest import Dataset, open_dataset
 
 ARTIFACT = "probe"
@@ -80,8 +79,6 @@ class ProbeConfig:
     """Fail where there are no labels, instead of writing a result that says so."""
     interpolation: str = "bicubic"
     """How centre crops are resized."""
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-    """How source images become pixels."""
     images_per_batch: int = 64
     """Images per forward pass of the backbone."""
     decode_threads: int = 2
@@ -265,7 +262,6 @@ def run_probe(config: ProbeConfig) -> ProbeResult:
             dataset,
             image_size=pretrained.config.image_size,
             interpolation=config.interpolation,
-            decode=config.decode,
             batch_size=config.images_per_batch,
             num_threads=config.decode_threads,
         )

@@ -31,6 +31,8 @@ class Whole:
     """Its part."""
     count: int = 3
     """How many."""
+    loud: bool = False
+    """Whether it says so."""
 
 
 def test_flags_files_and_defaults_meet(tmp_path: Path) -> None:
@@ -38,6 +40,11 @@ def test_flags_files_and_defaults_meet(tmp_path: Path) -> None:
     assert parse(Whole, ["--output", "x"]) == Whole(output="x")
     parsed = parse(Whole, ["--config", str(tmp_path / "c.yaml"), "--count", "7", "--part.name", "n"])
     assert parsed == Whole(output="there", count=7, part=Part(size=(0.5, 0.75), name="n"))
+
+
+def test_a_boolean_flag_needs_no_value() -> None:
+    assert parse(Whole, ["--loud", "--output", "x"]).loud and parse(Whole, ["--output", "x", "--loud"]).loud
+    assert not parse(Whole, ["--output", "x", "--loud", "false"]).loud
 
 
 def test_config_may_be_a_url(tmp_path: Path) -> None:
@@ -52,6 +59,7 @@ def test_config_may_be_a_url(tmp_path: Path) -> None:
         (["--output", "x", "--cuont", "3"], "cuont"),
         (["--output", "x", "--part.siez", "3"], "siez"),
         (["--output", "x", "--count", "many"], "count"),
+        (["--output", "x", "--coun", "3"], "coun"),
         (["--config", "/no/such/file.yaml"], "/no/such/file.yaml"),
     ],
 )
@@ -69,8 +77,8 @@ def test_mistyped_key_in_a_file(tmp_path: Path) -> None:
 
 def test_identity_leaves_places_out() -> None:
     config = Whole(output="x", part=Part(size=(0.1, 0.2)))
-    assert to_dict(config) == {"output": "x", "part": {"size": [0.1, 0.2], "name": None}, "count": 3}
-    assert identity(config, ("output",)) == {"part": {"size": [0.1, 0.2], "name": None}, "count": 3}
+    assert to_dict(config) == {"output": "x", "part": {"size": [0.1, 0.2], "name": None}, "count": 3, "loud": False}
+    assert identity(config, ("output",)) == {"part": {"size": [0.1, 0.2], "name": None}, "count": 3, "loud": False}
 
 
 def test_exit_status(tmp_path: Path) -> None:

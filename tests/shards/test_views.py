@@ -75,7 +75,7 @@ def reference_crop(policy: ViewPolicy, uniforms: list[float], height: int, width
 
 
 def test_crops_follow_the_official_rule_for_the_same_random_numbers():
-    policy = ViewPolicy(scale=(0.08, 1.0), seed=3)
+    policy = ViewPolicy(image_size=224, scale=(0.08, 1.0), seed=3)
     for sample_id, (height, width) in enumerate(itertools.product((9, 64, 375, 800), (11, 64, 500, 4000))):
         words = np.random.Philox(
             key=np.array([3, sample_id], np.uint64), counter=np.array([0, 5, 0x76696577, 0], np.uint64)
@@ -90,7 +90,10 @@ def test_crops_follow_the_official_rule_for_the_same_random_numbers():
 )
 def test_crops_of_any_image_lie_inside_it(size):
     height, width = size
-    for policy in (ViewPolicy(scale=(0.08, 1.0)), ViewPolicy(scale=(0.9, 1.0), ratio=(3.0, 4.0))):
+    for policy in (
+        ViewPolicy(image_size=224, scale=(0.08, 1.0)),
+        ViewPolicy(image_size=224, scale=(0.9, 1.0), ratio=(3.0, 4.0)),
+    ):
         for sample_id in range(50):
             crop = view_at(policy, sample_id, 0, height=height, width=width).crop
             assert 0 <= crop.top <= crop.top + crop.height <= height and crop.height >= 1
@@ -107,7 +110,9 @@ def test_tiny_images_render():
 
 
 def test_distribution_of_crops_flips_and_jitter():
-    policy = ViewPolicy(scale=(0.1, 0.5), hflip_prob=0.3, color_jitter=0.4)  # small: no try is refused
+    policy = ViewPolicy(
+        image_size=224, scale=(0.1, 0.5), hflip_prob=0.3, color_jitter=0.4
+    )  # small: no try is refused
     views = [view_at(policy, sample_id, 0, height=1000, width=1000) for sample_id in range(4000)]
     area = np.array([view.crop.height * view.crop.width for view in views]) / 1e6
     log_ratio = np.array([math.log(view.crop.width / view.crop.height) for view in views])
@@ -128,7 +133,7 @@ def test_distribution_of_crops_flips_and_jitter():
 
 
 def test_a_view_depends_on_seed_sample_and_index_and_nothing_else():
-    policy = ViewPolicy(color_jitter=0.2)
+    policy = ViewPolicy(image_size=224, color_jitter=0.2)
     view = view_at(policy, 7, 1, height=300, width=400)
     for other in range(5):
         view_at(policy, other, 0, height=300, width=400)
@@ -141,8 +146,10 @@ def test_a_view_depends_on_seed_sample_and_index_and_nothing_else():
 
 
 def test_switching_jitter_or_flip_on_moves_no_crop():
-    plain = view_at(ViewPolicy(hflip_prob=0.0), 5, 0, height=300, width=400)
-    changed = view_at(ViewPolicy(hflip_prob=1.0, color_jitter=0.4), 5, 0, height=300, width=400)
+    plain = view_at(ViewPolicy(image_size=224, hflip_prob=0.0), 5, 0, height=300, width=400)
+    changed = view_at(
+        ViewPolicy(image_size=224, hflip_prob=1.0, color_jitter=0.4), 5, 0, height=300, width=400
+    )
     assert plain.crop == changed.crop
     assert (plain.hflip, changed.hflip) == (False, True)
     assert plain.jitter is None and changed.jitter is not None
@@ -150,19 +157,30 @@ def test_switching_jitter_or_flip_on_moves_no_crop():
 
 def test_views_are_pinned():
     """Stored datasets are replayed by later versions: these numbers may never change."""
-    view = view_at(ViewPolicy(color_jitter=0.4, seed=12), 34, 5, height=375, width=500)
+    view = view_at(ViewPolicy(image_size=224, color_jitter=0.4, seed=12), 34, 5, height=375, width=500)
     assert dataclasses.asdict(view) == PINNED
 
 
+def test_the_size_of_views_is_the_tokenizers():
+    policy = ViewPolicy(scale=(0.5, 1.0))
+    with pytest.raises(ValueError, match="image size"):
+        view_at(policy, 0, 0, height=50, width=50)
+    resolved = policy.resolve(112)
+    assert resolved == ViewPolicy(scale=(0.5, 1.0), image_size=112) == resolved.resolve(112)
+    assert view_at(resolved, 0, 0, height=50, width=50).image_size == 112
+    with pytest.raises(InputError, match=r"224.*112"):
+        ViewPolicy(image_size=224).resolve(112)
+
+
 def test_center_first_is_the_evaluation_crop():
-    policy = ViewPolicy(center_first=True)
+    policy = ViewPolicy(image_size=224, center_first=True)
     assert view_at(policy, 3, 0, height=256, width=400) == center_view(policy, height=256, width=400)
     assert center_view(policy, height=256, width=400).crop == CropBox(top=16, left=88, height=224, width=224)
     assert view_at(policy, 3, 1, height=256, width=400) != center_view(policy, height=256, width=400)
 
 
 def test_views_are_json():
-    view = view_at(ViewPolicy(color_jitter=0.4), 3, 1, height=300, width=400)
+    view = view_at(ViewPolicy(image_size=224, color_jitter=0.4), 3, 1, height=300, width=400)
     record = json.loads(json.dumps(dataclasses.asdict(view)))
     jitter = record.pop("jitter")
     jitter["order"] = tuple(jitter["order"])
@@ -208,7 +226,7 @@ def test_render_reads_only_the_crop_and_leaves_the_image_alone():
 
 
 def test_render_refuses_a_box_outside_the_image():
-    view = view_at(ViewPolicy(), 0, 0, height=400, width=400)
+    view = view_at(ViewPolicy(image_size=224), 0, 0, height=400, width=400)
     with pytest.raises(ValueError, match="outside"):
         render(picture(50, 50), view, "bicubic")
 

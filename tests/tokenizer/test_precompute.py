@@ -12,7 +12,7 @@ import torch
 
 from pipeline.cluster import ClusterConfig
 from pipeline.errors import InputError
-from shards.decode import decode_image
+from shards.decode import DecodeConfig, decode_image
 from shards.images import read_images
 from shards.index import codes_of
 from shards.manifest import open_dataset, read_shard_index
@@ -75,7 +75,7 @@ def test_codes_are_those_of_the_stored_pixels_and_crops_those_of_the_policy(
                 stored = tar[row["image_offset"] : row["image_offset"] + row["image_bytes"]]
                 pixels = decode_image(
                     sources[row["sample_id"]].image,
-                    PrecomputeConfig(images="", tokenizer="", output="").decode,
+                    DecodeConfig(),
                 )
                 height, width = pixels.shape[:2]
                 where = view_at(policy, row["sample_id"], view, height=height, width=width)
