@@ -21,12 +21,16 @@ MARK = "<!-- written by jobs.write_report -->"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """One line of a chart. `color` numbers the palette; `marked` draws the points and a dashed line."""
+    """One line of a chart. `color` numbers the palette.
+
+    `marked` draws the points and a dashed line; `noisy` puts the running mean on top of a long line.
+    """
 
     label: str
     points: Sequence[tuple[float, float]]
     color: int = 0
     marked: bool = False
+    noisy: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,7 +140,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 10, 30
 
 
 def line_chart(title: str, series: Sequence[Series], *, x_label: str) -> str:
-    """A titled chart with a legend. Long lines are drawn faint, with their running mean on top."""
+    """A titled chart with a legend that gives the last values."""
     finite = [
         (one, points) for one in series if (points := [(x, y) for x, y in one.points if math.isfinite(y)])
     ]
@@ -156,11 +160,11 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str) -> str:
                 tip = f"{one.label}, {x_label} {x:g}: {_figure(y)}"
                 place = f'cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}" r="3" fill="{color}"'
                 parts.append(f"<circle {place}>{_tip(tip)}</circle>")
-        elif len(points) > 40:
+        elif one.noisy and len(points) > 40:
             parts.append(_polyline(x_axis, y_axis, _thinned(points, 400), color, "1", opacity="0.3"))
             parts.append(_polyline(x_axis, y_axis, _running_mean(points, 80), color, "2"))
         else:
-            parts.append(_polyline(x_axis, y_axis, points, color, "2"))
+            parts.append(_polyline(x_axis, y_axis, _thinned(points, 400), color, "2"))
         shape = "dots" if one.marked else "line"
         legend.append(
             f'<span><i class="{shape}" style="--c:{color}"></i>{escape(one.label)} '
@@ -177,7 +181,7 @@ def interval_chart(rows: Sequence[Interval], *, reference: tuple[str, float]) ->
 
     `reference` is a named share to compare with, drawn as a line.
     """
-    width, left, right, pitch = 640, 190, 60, 28
+    width, left, right, pitch = 720, 180, 70, 26
     foot = pitch * len(rows) + 8
     name, share = reference
     top = max([*(row.high for row in rows), share])
@@ -213,21 +217,21 @@ def rank_chart(counts: Sequence[int]) -> str:
         return ""
     total, even = sum(ordered), 1 / len(counts)
     width, height = 900, 230
-    right, foot = width - _RIGHT, height - 40
+    left, right, foot = _LEFT + 14, width - _RIGHT, height - 40
     lowest = math.floor(math.log10(min(ordered[-1] / total, even)))
     highest = math.ceil(math.log10(max(ordered[0] / total, even)))
-    x_axis = _Axis(0, len(counts), _LEFT, right)
+    x_axis = _Axis(0, len(counts), left, right)
     y_axis = _Axis(lowest, max(highest, lowest + 1), foot, _TOP)
     parts = []
     for power in range(lowest, highest + 1):
         y = y_axis(power)
         parts += [
-            _line("gridline", _LEFT, y, right, y),
-            _text(_LEFT - 6, y + 4, _percent(10.0**power), anchor="end"),
+            _line("gridline", left, y, right, y),
+            _text(left - 6, y + 4, _percent(10.0**power), anchor="end"),
         ]
     parts += [_text(x_axis(tick), foot + 16, f"{tick:g}") for tick in _ticks(0, len(counts), 8)]
     # At most one bar per pixel: beyond that a bar stands for the mean of neighbours in rank.
-    step = max(1, math.ceil(len(ordered) / (right - _LEFT)))
+    step = max(1, math.ceil(len(ordered) / (right - left)))
     path = [f"M{x_axis(0):.1f} {foot}"]
     for start in range(0, len(ordered), step):
         chunk = ordered[start : start + step]
@@ -236,7 +240,7 @@ def rank_chart(counts: Sequence[int]) -> str:
     parts.append(f'<path d="{"".join(path)}V{foot}Z" fill="var(--series-0)" opacity="0.85"/>')
     level = y_axis(math.log10(even))
     parts += [
-        _line("reference", _LEFT, level, right, level),
+        _line("reference", left, level, right, level),
         _text(right, level - 5, "even use", anchor="end"),
         _text(right, foot + 32, "codes, most used first", anchor="end"),
     ]
@@ -299,7 +303,7 @@ def _polyline(
 
 def _svg(parts: Sequence[str], label: str, *, width: int = _WIDTH, height: int = _HEIGHT) -> str:
     opening = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}"'
-    return f"{opening}>{''.join(parts)}</svg>"
+    return f'{opening} style="max-width:{1.25 * width:.0f}px">{"".join(parts)}</svg>'
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
@@ -404,5 +408,17 @@ details{margin:10px 0}
 summary{cursor:pointer;color:var(--muted)}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:12.5px;background:var(--card);
 border:1px solid var(--rule);border-radius:6px;padding:10px 12px}
+@media (max-width:640px){
+.summary tr{display:grid;grid-template-columns:1fr auto;padding:4px 0}
+.summary .group,.summary td.muted{grid-column:1/-1}
+.summary th:empty,.summary td:empty{display:none}
+.summary td,.summary th{padding-top:1px;padding-bottom:1px}
+.summary tr.first{border-top:1px solid var(--rule)}
+.summary .first td,.summary .first th{border-top:0}
+.summary .value{white-space:normal;text-align:right;padding-right:0}
+.code{grid-template-columns:1fr}
+.tiles{flex-wrap:wrap}
+.tiles img{width:calc((100% - 20px)/6)}
+}
 @media print{section{break-inside:avoid}}
 """

@@ -102,6 +102,7 @@ class _Curve:
     label: str
     color: int = 0
     marked: bool = False
+    noisy: bool = True
 
 
 _PANELS = {
@@ -132,7 +133,7 @@ _PANELS = {
             _Curve("train", "accuracy", "main head"),
             _Curve("train", "accuracy_cls", "[CLS] head", 1),
         ),
-        "MIM: learning rate": (_Curve("train", "lr", "learning rate"),),
+        "MIM: learning rate": (_Curve("train", "lr", "learning rate", noisy=False),),
         "MIM: gradient norm": (_Curve("train", "grad_norm", "gradient norm"),),
     },
 }
@@ -162,7 +163,15 @@ def _series(curves: Sequence[_Curve], records: Sequence[Mapping[str, Any]]) -> l
             if record["split"] == curve.split and curve.key in record
         ]
         if points:
-            series.append(Series(label=curve.label, points=points, color=curve.color, marked=curve.marked))
+            series.append(
+                Series(
+                    label=curve.label,
+                    points=points,
+                    color=curve.color,
+                    marked=curve.marked,
+                    noisy=curve.noisy,
+                )
+            )
     return series
 
 
@@ -187,10 +196,11 @@ def _codebook_body(config: ReportConfig, found: Findings) -> str:
 
 
 def _usage_body(codes: CodeStatistics, counts: np.ndarray, where: str) -> str:
-    used = codes.codebook_size - codes.num_dead
+    used, most = codes.codebook_size - codes.num_dead, counts.max() / max(1, codes.patches)
     lead = (
         f"Over {where}, {codes.patches:,} patches: {used:,} of {codes.codebook_size:,} codes occur "
-        f"({percent(codes.usage)}), perplexity {codes.perplexity:,.1f}."
+        f"({percent(codes.usage)}), perplexity {codes.perplexity:,.1f}. The most used code holds "
+        f"{percent(most)} of the patches: always guessing it would be right that often."
     )
     return report_page.paragraph(lead) + report_page.rank_chart(counts.tolist())
 

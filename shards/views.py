@@ -118,7 +118,7 @@ class ViewPolicy:
         """The same policy at the size of the tokenizer; InputError when it was given another."""
         if self.image_size not in (None, image_size):
             raise InputError(
-                f"views.image_size is {self.image_size}, but the tokenizer reads images of {image_size} pixels; "
+                f"views.image_size is {self.image_size}, but the tokenizer reads {image_size} pixels; "
                 "leave views.image_size out, or use another tokenizer"
             )
         return dataclasses.replace(self, image_size=image_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
 import signal
@@ -101,7 +102,12 @@ def ray_head(s3_server: S3Server) -> Iterator[RayHead]:
     """
     gcs, dashboard, agent, client = (_free_port() for _ in range(4))
     binaries = str(Path(sys.executable).parent)
-    environment = {**os.environ, "PATH": f"{binaries}:{os.environ.get('PATH', '')}"}
+    environment = {
+        **os.environ,
+        "PATH": f"{binaries}:{os.environ.get('PATH', '')}",
+        # Ray's own actors outlive a training run, and SIGTERM would wait 30 s for them.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    }
     for key in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         environment.pop(key, None)
     # A short folder: sockets below it have 107 bytes for their whole path.
@@ -156,10 +162,10 @@ def _free_port() -> int:
 def _server(
     command: list[str], url: str, environment: dict[str, str], cwd: str | None = None
 ) -> Iterator[None]:
-    """A process that answers at `url`; ended by SIGTERM."""
+    """A process that answers at `url`; ended by SIGTERM, also when the tests are killed."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command, env=environment, cwd=cwd, stdout=log, stderr=log, start_new_session=True
+            command, env=environment, cwd=cwd, stdout=log, stderr=log, preexec_fn=_end_with_parent
         )
         try:
             deadline = time.monotonic() + 120
@@ -176,8 +182,14 @@ def _server(
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
                 process.wait()
+
+
+def _end_with_parent() -> None:
+    """In a child: SIGTERM for it when its parent dies (Linux)."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _answers(url: str) -> bool:

@@ -156,29 +156,29 @@ def test_the_image_holds_what_a_job_needs() -> None:
     assert [name for name in copied if not (ROOT / name).exists()] == []
 
 
-def documented_commands() -> list[list[str]]:
-    """The commands of the page's code blocks, lines joined."""
-    blocks = re.findall(
-        r"^```(?:bash|sh)\n(.*?)^```", (ROOT / "docs" / "cluster.md").read_text(), re.M | re.S
-    )
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if line.strip()]
-
-
-def documented_jobs() -> list[tuple[str, list[str]]]:
-    """Name and arguments of every job that the page starts."""
+def documented_jobs(*pages: str) -> list[tuple[str, list[str]]]:
+    """Name and arguments of every job that the code blocks of these pages start."""
     found = []
-    for words in documented_commands():
-        if "-m" in words and words[words.index("-m") + 1].startswith("jobs."):
-            start = words.index("-m") + 1
-            found.append((words[start].removeprefix("jobs."), words[start + 1 :]))
+    for page in pages:
+        blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+        for line in "".join(blocks).replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if "-m" in words and words[words.index("-m") + 1].startswith("jobs."):
+                start = words.index("-m") + 1
+                found.append((words[start].removeprefix("jobs."), words[start + 1 :]))
     return found
+
+
+ALL_JOBS = documented_jobs("docs/cluster.md", "README.md")
 
 
 def test_the_page_has_a_line_for_every_stage() -> None:
     from jobs.run_pipeline import PipelineConfig, stages
 
-    told = {name: {word for word in argv if word.startswith("--")} for name, argv in documented_jobs()}
+    told = {
+        name: {word for word in argv if word.startswith("--")}
+        for name, argv in documented_jobs("docs/cluster.md")
+    }
     for stage in stages(PipelineConfig(output="run", val_fraction=0.1)):
         if stage.name not in ("draw_images", "write_report"):
             assert {f"--{flag}" for flag in stage.flags} <= told[stage.name] | {"--val_images"}, stage.name
@@ -194,7 +194,7 @@ def config_class(job: str) -> type[Any]:
     raise AssertionError(f"jobs.{job} calls no run_job")
 
 
-@pytest.mark.parametrize(("job", "argv"), documented_jobs(), ids=[job for job, _ in documented_jobs()])
+@pytest.mark.parametrize(("job", "argv"), ALL_JOBS, ids=[job for job, _ in ALL_JOBS])
 def test_each_line_is_understood_by_its_job(
     job: str, argv: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

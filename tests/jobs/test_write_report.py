@@ -115,7 +115,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     precompute_shards(
         PrecomputeConfig(
             images=str(root / "images" / "train"), tokenizer=str(root / "tokenizer"),
-            output=str(root / "shards"), views=ViewPolicy(image_size=SIZE, views_per_image=2), encoder_threads=1, cluster=IN_PROCESS,
+            output=str(root / "shards"), views=ViewPolicy(image_size=SIZE, views_per_image=2),
+            encoder_threads=1, cluster=IN_PROCESS,
         )
     )  # fmt: skip
     _backbone(root / "backbone", root / "tokenizer")

@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import storage
 from pipeline.cluster import ClusterConfig
 from pipeline.errors import InputError
+from shards import source_parquet
 from shards.decode import Rejected
 from shards.source_table import (
     Source,
@@ -28,6 +30,7 @@ from shards.source_table import (
     split_by_content,
     with_hashes,
 )
+from shards.source_tars import read_members
 from shards.sources import SourceConfig, list_sources, read_images
 
 IN_PROCESS = ClusterConfig(num_workers=0)
@@ -269,6 +272,26 @@ def test_a_damaged_tar_gives_its_sound_members_and_one_reject(tmp_path):
     assert read(listed(tmp_path / "a.tar")) == ["damaged_tar"]
 
 
+def test_neighbours_in_a_tar_are_read_together_and_strangers_apart(tmp_path, monkeypatch):
+    members = [(f"{i}.jpg", bytes([i]) * 3000) for i in range(6)]
+    members.insert(3, ("film.bin", bytes(3 << 20)))
+    tar = write_tar(tmp_path / "a.tar", members)
+    rows = rows_of(listed(tar).table)
+    reads: list[int] = []
+    read_whole = storage.read
+
+    def counted(url: str, start: int = 0, length: int | None = None) -> bytes:
+        reads.append(length or -1)
+        return read_whole(url, start, length)
+
+    monkeypatch.setattr(storage, "read", counted)
+    images = [row for row in rows if row.reject_reason is None]
+    assert list(read_members(images)) == [bytes([i]) * 3000 for i in range(6)]
+    assert len(reads) == 2 and sum(reads) < 30_000
+    backwards = images[::-1]
+    assert list(read_members(backwards)) == [bytes([i]) * 3000 for i in reversed(range(6))]
+
+
 def test_a_tar_that_changed_is_refused(tmp_path):
     tar = write_tar(tmp_path / "a.tar", [("1.jpg", b"x")])
     sources = listed(tar)
@@ -294,7 +317,9 @@ def test_a_label_sorted_order_is_warned_about(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("layout", ["bytes", "large_bytes", "struct"])
-def test_parquet(tmp_path, layout):
+@pytest.mark.parametrize("batch_bytes", [8 << 20, 200])
+def test_parquet(tmp_path, layout, batch_bytes, monkeypatch):
+    monkeypatch.setattr(source_parquet, "_BATCH_BYTES", batch_bytes)
     images: list[bytes | None] = [f"image {i}".encode() * (i % 7 + 1) for i in range(60)]
     images[11] = None
     labels = [i % 5 for i in range(60)]
