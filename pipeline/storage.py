@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import threading
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ from fsspec.spec import AbstractFileSystem
 
 from pipeline.errors import InputError
 
-TEMPORARY_SUFFIX = ".partial"
-"""Temporary files end so; a listing leaves them out, because they are nobody's finished object."""
+_TEMPORARY = re.compile(r"\..*\.\d+\.[0-9a-f]{8}\.partial", re.DOTALL)
+"""Names of temporary files; a listing leaves them out, because they are nobody's finished object."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +106,7 @@ def list_files(url: str) -> Iterator[FileStat]:
     """Every file below a folder, sorted by URL; nothing when the folder is absent.
 
     Local folders: symbolic links are followed, each real folder is entered once, so a loop ends; a file
-    that cannot be examined (a dangling link, no permission) is listed with 0 bytes rather than lost, and
+    or folder that cannot be examined (a dangling link, no permission) is listed with 0 bytes rather than lost, and
     names that are not UTF-8 come as surrogate-escaped strings.
     """
     if is_local(url):
@@ -186,29 +187,34 @@ def remove(url: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ inside
 
-_clients = threading.local()
+_clients: dict[tuple[int, str], AbstractFileSystem] = {}
+_clients_lock = threading.Lock()
 
 
 def _remote(url: str) -> tuple[AbstractFileSystem, str]:
-    """A client of this process and thread (clients must not cross a fork), and the path inside the store."""
-    protocol = url.split("://", 1)[0]
-    cache: dict[tuple[int, str], AbstractFileSystem] = _clients.__dict__.setdefault("by_protocol", {})
-    key = (os.getpid(), protocol)
-    if key not in cache:
-        options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
-        if protocol == "s3":
-            options["config_kwargs"] = {
-                "retries": {"max_attempts": 10, "mode": "adaptive"},
-                "connect_timeout": 10,
-                "read_timeout": 60,
-            }
-        try:
-            cache[key] = fsspec.filesystem(protocol, **options)
-        except (ImportError, ValueError) as error:
-            raise InputError(
-                f"cannot open {url}: {error}; install the extra for this store (gcs, azure) or fix the URL"
-            ) from None
-    return cache[key], url.split("://", 1)[1]
+    """The client of this process (it must not cross a fork) and the path inside the store."""
+    protocol, _, path = url.partition("://")
+    with _clients_lock:
+        key = (os.getpid(), protocol)
+        if key not in _clients:
+            _clients[key] = _new_client(protocol, url)
+        return _clients[key], path
+
+
+def _new_client(protocol: str, url: str) -> AbstractFileSystem:
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if protocol == "s3":
+        options["config_kwargs"] = {
+            "retries": {"max_attempts": 10, "mode": "adaptive"},
+            "connect_timeout": 10,
+            "read_timeout": 60,
+        }
+    try:
+        return fsspec.filesystem(protocol, **options)
+    except (ImportError, ValueError) as error:
+        raise InputError(
+            f"cannot open {url}: {error}; install the extra for this store (gcs, azure) or fix the URL"
+        ) from None
 
 
 def _file_stat(url: str, info: dict[str, Any]) -> FileStat:
@@ -229,8 +235,11 @@ def _walk(root: str) -> Iterator[FileStat]:
             entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
         except (FileNotFoundError, NotADirectoryError):
             continue
+        except PermissionError:
+            yield FileStat(url=folder, bytes=0, version="")
+            continue
         for entry in entries:
-            if entry.name.endswith(TEMPORARY_SUFFIX):
+            if _TEMPORARY.fullmatch(entry.name):
                 continue
             try:
                 if entry.is_dir():
@@ -246,7 +255,7 @@ def _walk(root: str) -> Iterator[FileStat]:
 def _local_temporary(path: Path, data: bytes) -> Iterator[Path]:
     """A finished, synced temporary file beside `path`; afterwards it is gone and the folder is synced."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     try:
         with open(temporary, "wb") as file:
             file.write(data)

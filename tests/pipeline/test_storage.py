@@ -100,6 +100,12 @@ def test_a_failed_put_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_temporary_file_is_nobodys_but_a_users_partial_is_listed(tmp_path: Path) -> None:
+    (tmp_path / ".a.bin.123.0123abcd.partial").write_bytes(b"x")
+    (tmp_path / "download.partial").write_bytes(b"x")
+    assert [storage.name(found.url) for found in storage.list_files(str(tmp_path))] == ["download.partial"]
+
+
 def test_names() -> None:
     assert storage.join("s3://bucket/a/", "/b", "c") == "s3://bucket/a/b/c"
     assert storage.name("s3://bucket/a/b/") == "b"

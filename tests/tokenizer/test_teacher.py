@@ -33,7 +33,7 @@ def test_hog_needs_nothing_and_describes_the_pixels():
     assert (teacher.dim, teacher.grid, teacher.input_size) == (108, 14, 112)
     assert torch.equal(teacher(pixels), Hog(8)(pixels.float() / 255))
     assert torch.equal(teacher(pixels.permute(0, 2, 3, 1)), teacher(pixels))
-    assert teacher.spec == {"name": "hog", "dim": 108, "input_size": 112, "fingerprint": teacher.fingerprint}
+    assert teacher.spec == {"name": "hog", "dim": 97, "input_size": 112, "fingerprint": teacher.fingerprint}
     json.dumps(teacher.spec)
 
 
