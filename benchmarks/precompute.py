@@ -105,7 +105,11 @@ def _save_random_tokenizer(config: BenchmarkConfig, url: str) -> None:
     torch.manual_seed(0)
     model_config = VQKDConfig(encoder=config.encoder, decoder_depth=1, kmeans_init=False)
     teacher = build_teacher(TeacherConfig(), model_config.image_size, model_config.patch_size)
-    unmeasured = {"reconstruction_loss": float("nan"), "codebook_usage": float("nan"), "perplexity": float("nan")}
+    unmeasured = {
+        "reconstruction_loss": float("nan"),
+        "codebook_usage": float("nan"),
+        "perplexity": float("nan"),
+    }
     save_tokenizer(url, VQKD(model_config, teacher.dim), teacher=teacher, metrics=unmeasured, inputs={})
 
 

@@ -1,6 +1,6 @@
 """Between the stages: run the tokenizer once over the images and write token shards.
 
-    python -m jobs.precompute_shards --images … --tokenizer … --output … --views.views_per_image 2
+python -m jobs.precompute_shards --images … --tokenizer … --output … --views.views_per_image 2
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from tokenizer.precompute import PrecomputeConfig, precompute_shards
 def main(config: PrecomputeConfig) -> None:
     """Write the shards and say what was written."""
     manifest = precompute_shards(config)
-    print(f"token shards at {config.output}: {manifest.samples_written:,} crops written, {sum(manifest.samples_rejected.values()):,} rejected")
+    print(
+        f"token shards at {config.output}: {manifest.samples_written:,} crops written, {sum(manifest.samples_rejected.values()):,} rejected"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Stage two: masked image modelling from token shards, or online (paper §2.3).
 
-    python -m jobs.pretrain_mim --help
+python -m jobs.pretrain_mim --help
 """
 
 from __future__ import annotations

@@ -430,7 +430,8 @@ RunStage = Callable[[Stage, list[str], Callable[[str], None]], int]
 
 def run_here(stage: Stage, argv: list[str], on_line: Callable[[str], None]) -> int:
     """Run a stage as a process of its own, so that its memory is gone when it ends."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    # Ray colours the lines of its workers for terminals; here they go through a pipe into a log.
+    environment = {"RAY_COLOR_PREFIX": "0", **os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", f"jobs.{stage.name}", *argv],
         stdout=subprocess.PIPE,

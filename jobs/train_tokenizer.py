@@ -1,6 +1,6 @@
 """Stage one: train the VQ-KD visual tokenizer (paper §2.2).
 
-    python -m jobs.train_tokenizer --help
+python -m jobs.train_tokenizer --help
 """
 
 from __future__ import annotations

@@ -72,7 +72,9 @@ def read_header(url: str, name: str) -> dict[str, Any] | None:
     try:
         header = json.loads(data)
     except ValueError as error:
-        raise InputError(f"{location} is not JSON ({error}); the artifact is damaged, make it again") from None
+        raise InputError(
+            f"{location} is not JSON ({error}); the artifact is damaged, make it again"
+        ) from None
     if not isinstance(header, dict) or "files" not in header:
         raise InputError(f"{location} is not the header of a {name} artifact; check the URL")
     return header
@@ -87,7 +89,9 @@ def read_file(url: str, header: Mapping[str, Any], filename: str) -> bytes:
     try:
         data = storage.read(location)
     except FileNotFoundError:
-        raise InputError(f"{location} is missing though its header names it; copy the artifact again") from None
+        raise InputError(
+            f"{location} is missing though its header names it; copy the artifact again"
+        ) from None
     if len(data) != expected["bytes"] or sha256_hex(data) != expected["sha256"]:
         raise InputError(
             f"{location} is damaged: {len(data)} bytes, sha256 {sha256_hex(data)[:8]}…, but the header says "

@@ -60,10 +60,15 @@ class CheckpointStore:
             record = json.loads(storage.read(storage.join(self._folder, f"{name}.json")))
             data = _read_or_empty(storage.join(self._folder, f"{name}.pt"))
             if len(data) != record["bytes"] or sha256_hex(data) != record["sha256"]:
-                print(f"warning: checkpoint {name} in {self._folder} is damaged, trying the one before", flush=True)
+                print(
+                    f"warning: checkpoint {name} in {self._folder} is damaged, trying the one before",
+                    flush=True,
+                )
                 continue
             tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            return TrainState(epoch=record["epoch"], position=record["position"], step=record["step"]), tensors
+            return TrainState(
+                epoch=record["epoch"], position=record["position"], step=record["step"]
+            ), tensors
         return None
 
     def clear(self) -> None:

@@ -164,7 +164,10 @@ def _map_on_actors(
                             f"item {item} ended its worker {tried} times, last by: {error}; "
                             "look at it with --cluster.num_workers 0"
                         ) from None
-                    print(f"warning: a worker died while it held item {item}; it runs again elsewhere", flush=True)
+                    print(
+                        f"warning: a worker died while it held item {item}; it runs again elsewhere",
+                        flush=True,
+                    )
                     suspects.append((item, tried))
                     continue
                 except ray.exceptions.RayTaskError as error:
@@ -249,7 +252,9 @@ def _connect(cluster: ClusterConfig) -> Any:
     try:
         import ray
     except ImportError:
-        raise InputError("ray is not installed; install it, or run in process with --cluster.num_workers 0") from None
+        raise InputError(
+            "ray is not installed; install it, or run in process with --cluster.num_workers 0"
+        ) from None
     if ray.is_initialized():
         return ray
     if cluster.address is not None or "RAY_ADDRESS" in os.environ:

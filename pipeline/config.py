@@ -22,7 +22,9 @@ ConfigT = TypeVar("ConfigT")
 
 def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     """The configuration named by `argv`; InputError, in one line, for an unknown key or a wrong value."""
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=True)
+    jsonargparse.set_parsing_settings(
+        docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=True
+    )
     parser = jsonargparse.ArgumentParser(
         prog=f"python -m {_module_name()}",
         description=(config_class.__doc__ or "").strip(),

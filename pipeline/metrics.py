@@ -49,8 +49,13 @@ class Progress:
         rate = (self.done - self._first) / max(self.elapsed_s, 1e-9)
         left_s = (self.total - self.done) / rate if rate > 0 else float("inf")
         percent = 100.0 * self.done / max(self.total, 1)
-        parts = [f"{self.what}: {self.done:,}/{self.total:,} {self.unit} ({percent:.0f} %)", f"{rate:,.1f} {self.unit}/s"]
-        parts.append(f"ETA {duration(left_s)}" if self.done < self.total else f"in {duration(self.elapsed_s)}")
+        parts = [
+            f"{self.what}: {self.done:,}/{self.total:,} {self.unit} ({percent:.0f} %)",
+            f"{rate:,.1f} {self.unit}/s",
+        ]
+        parts.append(
+            f"ETA {duration(left_s)}" if self.done < self.total else f"in {duration(self.elapsed_s)}"
+        )
         parts += [f"{key} {_figure(value)}" for key, value in figures.items()]
         print(", ".join(parts), flush=True)
 

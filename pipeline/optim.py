@@ -39,7 +39,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         if self.peak_lr <= 0 or self.min_lr < 0:
-            raise InputError(f"optim.peak_lr {self.peak_lr} must be positive and optim.min_lr {self.min_lr} not negative")
+            raise InputError(
+                f"optim.peak_lr {self.peak_lr} must be positive and optim.min_lr {self.min_lr} not negative"
+            )
 
     def effective_lr(self, batch_size: int) -> float:
         """The peak learning rate at this global batch size."""
@@ -52,7 +54,11 @@ def decays(name: str, parameter: Tensor) -> bool:
     Excluded: vectors, biases, [CLS] and absolute positions. The mask token and the relative position table
     are decayed, as in the reference and unlike in timm.
     """
-    return parameter.ndim > 1 and not name.endswith(".bias") and name.rsplit(".", 1)[-1] not in ("cls_token", "pos_embed")
+    return (
+        parameter.ndim > 1
+        and not name.endswith(".bias")
+        and name.rsplit(".", 1)[-1] not in ("cls_token", "pos_embed")
+    )
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, batch_size: int) -> torch.optim.AdamW:
@@ -116,4 +122,3 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 def grad_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:  # type: ignore[name-defined]
     """Loss scaling, active for fp16 only; its state belongs into checkpoints."""
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # type: ignore[attr-defined]
-

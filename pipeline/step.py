@@ -27,7 +27,10 @@ class RunningMeans:
 
     def add(self, weight: float | Tensor, **values: Tensor) -> None:
         """Count each value `weight` times (its number of samples, say). Does not wait for the device."""
-        for name, value in {**{n: v.detach() for n, v in values.items()}, "": torch.ones((), device=self._device)}.items():
+        for name, value in {
+            **{n: v.detach() for n, v in values.items()},
+            "": torch.ones((), device=self._device),
+        }.items():
             term = value.double() * weight
             self._sums[name] = self._sums[name] + term if name in self._sums else term
 

@@ -269,5 +269,3 @@ def _local_temporary(path: Path, data: bytes) -> Iterator[Path]:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
-
-

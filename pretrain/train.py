@@ -286,7 +286,12 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
             mim=mim_header(model),
             tokenizer=source.tokenizer,
             inputs=source.inputs,
-            run={"metrics": metrics, "steps": step, "seconds": progress.elapsed_s, "config": identity(config, PLACES)},
+            run={
+                "metrics": metrics,
+                "steps": step,
+                "seconds": progress.elapsed_s,
+                "config": identity(config, PLACES),
+            },
         )
         progress.close(**metrics)
         log.close()
@@ -295,7 +300,12 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
 
 
 def _batch(
-    config: PretrainConfig, source: Source, samples: SampleBatch, rows: slice, epoch: int, device: torch.device
+    config: PretrainConfig,
+    source: Source,
+    samples: SampleBatch,
+    rows: slice,
+    epoch: int,
+    device: torch.device,
 ) -> Batch:
     """Rows of what the reader gave, with their masks, on the device; codes made here in online mode."""
     mask = torch.from_numpy(

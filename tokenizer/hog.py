@@ -52,7 +52,9 @@ class Hog(nn.Module):
             batch, bins, channels, rows, columns = histograms.shape
             n = self.cells
             split = histograms.view(batch, bins, channels, rows // n, n, columns // n, n)
-            by_patch = split.permute(0, 3, 5, 4, 6, 2, 1).reshape(batch, (rows // n) * (columns // n), -1, bins)
+            by_patch = split.permute(0, 3, 5, 4, 6, 2, 1).reshape(
+                batch, (rows // n) * (columns // n), -1, bins
+            )
             centred = by_patch - by_patch.mean(dim=-1, keepdim=True)
             energy = by_patch.flatten(2).norm(dim=-1, keepdim=True)
             edges = centred.flatten(2) / (energy + FAINT_GRADIENT)

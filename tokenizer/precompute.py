@@ -116,7 +116,9 @@ class ShardWriter:
     def __init__(self, config: PrecomputeConfig, plan: Plan) -> None:
         encode = plan.recipe["encode"]
         if encode["device"] == "cuda" and not torch.cuda.is_available():
-            raise InputError("the plan says cuda, but this worker sees no GPU; give cluster.use_gpu true, or false for CPU")
+            raise InputError(
+                "the plan says cuda, but this worker sees no GPU; give cluster.use_gpu true, or false for CPU"
+            )
         if encode["device"] == "cpu":
             torch.set_num_threads(encode["threads"])
         self._config = config
@@ -138,14 +140,19 @@ class ShardWriter:
         began = time.monotonic()
         held = receipt(self._root, self._plan, item)
         if held is not None:
-            return ItemReport(written=held.samples, rejected=sum(held.rejected.values()), seconds=0.0, wait_s=0.0)
+            return ItemReport(
+                written=held.samples, rejected=sum(held.rejected.values()), seconds=0.0, wait_s=0.0
+            )
         samples: list[StoredSample] = []
         rejects: list[RejectedSample] = []
         wait_s = 0.0
         # Source images are read shard by shard and dropped after cropping: what stays are the crops.
         sources = read_images(self._images, item.first_id, item.end_id)
         crops = _in_order_ahead(
-            self._threads, functools.partial(self._crop, item.view), sources, ahead=BATCHES_AHEAD * self._config.batch_size
+            self._threads,
+            functools.partial(self._crop, item.view),
+            sources,
+            ahead=BATCHES_AHEAD * self._config.batch_size,
         )
         batch: list[tuple[StoredSample, np.ndarray]] = []
         while True:
@@ -199,7 +206,9 @@ class ShardWriter:
         with self._encoder:
             codes = self._tokenizer.encode(pixels).cpu().numpy()
         grids = codes.astype(np.uint16).reshape(len(batch), self._tokenizer.grid, self._tokenizer.grid)
-        return [dataclasses.replace(sample, codes=grid) for (sample, _), grid in zip(batch, grids, strict=True)]
+        return [
+            dataclasses.replace(sample, codes=grid) for (sample, _), grid in zip(batch, grids, strict=True)
+        ]
 
 
 def _plan(config: PrecomputeConfig, images: Dataset) -> Plan:

@@ -251,7 +251,9 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
             "train_perplexity": chosen.perplexity,
         }
         if val_images is not None:
-            metrics |= {f"val_{k}": v for k, v in validate(model, teacher, config, val_images, worker).items()}
+            metrics |= {
+                f"val_{k}": v for k, v in validate(model, teacher, config, val_images, worker).items()
+            }
         if worker.is_main:
             assert log is not None
             log.log(step, split="epoch", epoch=epoch + 1, **metrics)
@@ -299,14 +301,20 @@ def validate(
     figures = RunningMeans(device)
     model.eval()
     for batch in reader.batches(0):
-        for pixels in to_device(batch.pixels, device).split(config.micro_batch_size or max(1, len(batch.pixels))):
+        for pixels in to_device(batch.pixels, device).split(
+            config.micro_batch_size or max(1, len(batch.pixels))
+        ):
             with autocast(device, dtype):
                 out = model(normalize_pixels(pixels), teacher(pixels))
             usage.add(out.codes)
             figures.add(pixels.shape[0], loss=out.loss, rec_loss=out.rec_loss, emb_loss=out.emb_loss)
     reader.close()
     gathered = usage.gather(worker)
-    return {**figures.take(worker), "codebook_usage": gathered.used_fraction, "perplexity": gathered.perplexity}
+    return {
+        **figures.take(worker),
+        "codebook_usage": gathered.used_fraction,
+        "perplexity": gathered.perplexity,
+    }
 
 
 def _reader(

@@ -10,7 +10,11 @@ from pipeline.checkpoints import CheckpointStore, TrainState
 
 
 def _tensors(value: float) -> dict[str, object]:
-    return {"model": {"w": torch.full((3,), value)}, "metrics": {"loss": value}, "optimizer": {"step": [1, 2]}}
+    return {
+        "model": {"w": torch.full((3,), value)},
+        "metrics": {"loss": value},
+        "optimizer": {"step": [1, 2]},
+    }
 
 
 def test_newest_wins_and_old_ones_go(tmp_path: Path) -> None:

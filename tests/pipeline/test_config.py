@@ -77,8 +77,17 @@ def test_mistyped_key_in_a_file(tmp_path: Path) -> None:
 
 def test_identity_leaves_places_out() -> None:
     config = Whole(output="x", part=Part(size=(0.1, 0.2)))
-    assert to_dict(config) == {"output": "x", "part": {"size": [0.1, 0.2], "name": None}, "count": 3, "loud": False}
-    assert identity(config, ("output",)) == {"part": {"size": [0.1, 0.2], "name": None}, "count": 3, "loud": False}
+    assert to_dict(config) == {
+        "output": "x",
+        "part": {"size": [0.1, 0.2], "name": None},
+        "count": 3,
+        "loud": False,
+    }
+    assert identity(config, ("output",)) == {
+        "part": {"size": [0.1, 0.2], "name": None},
+        "count": 3,
+        "loud": False,
+    }
 
 
 def test_exit_status(tmp_path: Path) -> None:
@@ -99,7 +108,10 @@ def test_exit_status(tmp_path: Path) -> None:
     def run(*argv: str) -> subprocess.CompletedProcess[str]:
         root = str(Path(__file__).resolve().parents[2])
         return subprocess.run(
-            [sys.executable, str(job), *argv], capture_output=True, text=True, env={"PYTHONPATH": root, "PATH": ""}
+            [sys.executable, str(job), *argv],
+            capture_output=True,
+            text=True,
+            env={"PYTHONPATH": root, "PATH": ""},
         )
 
     well, bad, crash, typo = run(), run("--how", "bad"), run("--how", "crash"), run("--hwo", "x")

@@ -46,4 +46,9 @@ def test_progress_shows_rate_eta_and_figures(capsys: pytest.CaptureFixture[str])
 
 
 def test_duration() -> None:
-    assert [duration(s) for s in (3.21, 75, 3725, float("inf"))] == ["3.2 s", "1 min 15 s", "1 h 02 min", "unknown"]
+    assert [duration(s) for s in (3.21, 75, 3725, float("inf"))] == [
+        "3.2 s",
+        "1 min 15 s",
+        "1 h 02 min",
+        "unknown",
+    ]

@@ -14,7 +14,11 @@ from pipeline.optim import OptimConfig, build_optimizer, cosine_schedule, decays
 
 @pytest.mark.parametrize(
     ("name", "peak_lr", "warmup_steps", "total_steps"),
-    [("vqkd_100ep_25it_wu10", 2e-4, 250, 2500), ("mim_30ep_10it_wu10", 1.5e-3, 100, 300), ("mim_30ep_10it_wusteps7", 1.5e-3, 7, 300)],
+    [
+        ("vqkd_100ep_25it_wu10", 2e-4, 250, 2500),
+        ("mim_30ep_10it_wu10", 1.5e-3, 100, 300),
+        ("mim_30ep_10it_wusteps7", 1.5e-3, 7, 300),
+    ],
 )
 def test_schedule_equals_the_reference(
     shared_dir: Path, name: str, peak_lr: float, warmup_steps: int, total_steps: int
@@ -37,7 +41,11 @@ def test_groups_equal_the_reference(shared_dir: Path) -> None:
     }
     for model, inventory in keys.items():
         entries = json.loads((shared_dir / "reference" / inventory).read_text())["keys"]
-        trained = {key: torch.empty(entry["shape"], device="meta") for key, entry in entries.items() if entry["requires_grad"]}
+        trained = {
+            key: torch.empty(entry["shape"], device="meta")
+            for key, entry in entries.items()
+            if entry["requires_grad"]
+        }
         decayed = [group for group in reference[model] if group["weight_decay"] > 0]
         assert {key for key, tensor in trained.items() if decays(key, tensor)} == set(decayed[0]["params"])
 

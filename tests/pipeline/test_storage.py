@@ -67,7 +67,9 @@ def test_list_is_complete_and_sorted(root: str) -> None:
     for name in ("b/2", "a/10", "a/9", "c"):
         storage.put(storage.join(root, name), name.encode())
     found = list(storage.list_files(root))
-    assert [entry.url for entry in found] == [storage.join(root, name) for name in ("a/10", "a/9", "b/2", "c")]
+    assert [entry.url for entry in found] == [
+        storage.join(root, name) for name in ("a/10", "a/9", "b/2", "c")
+    ]
     assert [entry.bytes for entry in found] == [4, 3, 3, 1]
     assert not storage.is_empty(root)
 
@@ -86,7 +88,10 @@ def test_local_listing_survives_loops_dangling_links_and_odd_names(tmp_path: Pat
     os.symlink(tmp_path, tmp_path / "folder" / "loop")
     os.symlink(tmp_path / "nowhere", tmp_path / "dangling")
     os.close(os.open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", os.O_CREAT | os.O_WRONLY))
-    found = [os.fsencode(entry.url)[len(os.fsencode(tmp_path)) + 1 :] for entry in storage.list_files(str(tmp_path))]
+    found = [
+        os.fsencode(entry.url)[len(os.fsencode(tmp_path)) + 1 :]
+        for entry in storage.list_files(str(tmp_path))
+    ]
     assert found == [b"caf\xe9.jpg", b"dangling", b"folder/image.jpg"]
 
 

@@ -94,7 +94,7 @@ def test_what_the_header_says(url: str):
     artifact = read_tokenizer(url)
     assert artifact.header == header == json.loads(storage.read(storage.join(url, "tokenizer.json")))
     assert (artifact.codebook_usage, artifact.perplexity, artifact.reconstruction_loss) == (0.5, 20.0, 0.25)
-    assert artifact.teacher["name"] == "hog" and artifact.target_dim == 97
+    assert artifact.teacher["name"] == "hog" and artifact.target_dim == 108
     assert header["inputs"] == {"images": "f" * 64} and header["run_config"] == {"epochs": 3}
     assert header["files"].keys() == {WEIGHTS} and header["code_version"]
 

@@ -74,10 +74,12 @@ def test_noise_below_a_grey_level_stays_near_flat_and_an_edge_does_not():
 def test_no_direction_is_shared_by_all_patches():
     """A cosine target dominated by a common vector teaches nothing but that vector."""
     found = torch.nn.functional.normalize(Hog(8)(picture(96)).flatten(0, 1), dim=-1)
-    assert found.mean(dim=0).norm() < 0.4
+    assert found.mean(dim=0).norm() < 0.6
 
 
-@pytest.mark.parametrize(("degrees", "bins"), [(0, [0]), (90, [2]), (180, [4]), (270, [6]), (20, [0, 1]), (250, [5, 6])])
+@pytest.mark.parametrize(
+    ("degrees", "bins"), [(0, [0]), (90, [2]), (180, [4]), (270, [6]), (20, [0, 1]), (250, [5, 6])]
+)
 def test_a_ramp_falls_into_the_bin_of_its_direction(degrees: int, bins: list[int]):
     angle = math.radians(degrees)
     y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
