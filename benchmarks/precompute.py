@@ -2,8 +2,8 @@
 
 python -m benchmarks.precompute --images FOLDER [--encoder base] [--num_images 128]
 
-One line of JSON per case. The yardstick runs before and after the pass, in the same process, on the very crops
-that the pass stored; `ratio` is pass / yardstick and should be 0.95 or more for the base encoder.
+One line of JSON per case. The yardstick runs after the pass, in the same process, on the very crops that
+the pass stored; `ratio` is pass / yardstick and should be 0.95 or more for the base encoder.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ from tokenizer.precompute import PrecomputeConfig, precompute_shards
 def main(config: PrecomputeConfig) -> None:
     """Write the shards and say what was written."""
     manifest = precompute_shards(config)
+    rejected = sum(manifest.samples_rejected.values())
     print(
-        f"token shards at {config.output}: {manifest.samples_written:,} crops written, {sum(manifest.samples_rejected.values()):,} rejected"
+        f"token shards at {config.output}: {manifest.samples_written:,} crops written, {rejected:,} rejected"
     )
 
 

@@ -38,7 +38,7 @@ class ClusterConfig:
     cpus_per_worker: int | None = None
     """CPU cores each worker reserves; null divides this machine's cores, or takes 1 on a running cluster."""
     address: str | None = None
-    """A running Ray cluster, such as auto; null uses RAY_ADDRESS (set inside a submitted job) or starts one."""
+    """A running Ray cluster, such as auto; null takes RAY_ADDRESS (set within a job) or starts one."""
     max_failures: int = 3
     """How often a training group is restarted from its last checkpoint after a worker died."""
     collective_timeout_s: float = 600.0
@@ -191,8 +191,7 @@ def run_training(train: Callable[[Any, Worker], None], config: Any, cluster: Clu
 
         train(config, local_worker())
         return
-    ray = _connect(cluster)
-    import ray.train
+    _connect(cluster)
     import ray.train.torch
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
@@ -248,6 +247,8 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
 def _connect(cluster: ClusterConfig) -> Any:
     """The ray module, connected: to the given cluster, to the one this job runs in, or to a new one."""
     # Ray Train patches print so that lines show twice otherwise; both are read when Ray starts its workers.
+    # A worker's imports take 15 s on an idle machine, and more than Ray Train's minute on a busy one.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     try:
         import ray

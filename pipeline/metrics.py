@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pipeline import storage
@@ -81,13 +82,15 @@ class MetricsLog:
     def __init__(self, output: str, *, resume_step: int = 0, flush_every_s: float = 15.0) -> None:
         self._output = output
         self._url = storage.join(output, METRICS_FILE)
-        self._lines = [json.dumps(record) for record in read_metrics(output) if record["step"] <= resume_step]
+        self._lines = [
+            json.dumps(record) for record in read_metrics(output) if int(record["step"]) <= resume_step
+        ]
         self._flush_every_s = flush_every_s
         self._flushed = time.monotonic()
         self._events = tempfile.mkdtemp(prefix="tensorboard-")
         self._writer: SummaryWriter | None = None
 
-    def log(self, step: int, *, split: str = "train", **values: float) -> None:
+    def log(self, step: int, values: Mapping[str, float], *, split: str = "train") -> None:
         """Record figures of one step."""
         self._lines.append(json.dumps({"step": step, "split": split, **values}))
         writer = self._tensorboard()

@@ -96,7 +96,7 @@ def cosine_schedule(
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
-    """The compute dtype: on CUDA bf16 from sm80 and fp16 below, fp32 on CPU (bf16 autocast was 3 x slower)."""
+    """The compute dtype: on CUDA bf16 from sm80 and fp16 below; fp32 on CPU (bf16 was 3 x slower)."""
     match precision:
         case "auto":
             if device.type != "cuda":

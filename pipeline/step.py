@@ -49,8 +49,8 @@ def require_finite(figures: Mapping[str, float], step: int, keys: Sequence[str])
     wrong = [name for name, value in figures.items() if not math.isfinite(value)]
     if wrong:
         raise NonFiniteLossError(
-            f"{', '.join(wrong)} not finite at or shortly before step {step}, batch {', '.join(keys[:8])}…; the last "
-            "checkpoint is kept: lower optim.peak_lr, or look at these samples"
+            f"{', '.join(wrong)} not finite at or shortly before step {step}, batch {', '.join(keys[:8])}…; "
+            "the last checkpoint is kept: lower optim.peak_lr, or look at these samples"
         )
 
 

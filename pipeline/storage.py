@@ -27,7 +27,7 @@ _TEMPORARY = re.compile(r"\..*\.\d+\.[0-9a-f]{8}\.partial", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileStat:
-    """One stored object. `version` is its ETag, or its modification time in ns: equal version, equal bytes."""
+    """One stored object. `version` is its ETag or modification time in ns: equal version, equal bytes."""
 
     url: str
     bytes: int
@@ -105,9 +105,9 @@ def exists(url: str) -> bool:
 def list_files(url: str) -> Iterator[FileStat]:
     """Every file below a folder, sorted by URL; nothing when the folder is absent.
 
-    Local folders: symbolic links are followed, each real folder is entered once, so a loop ends; a file
-    or folder that cannot be examined (a dangling link, no permission) is listed with 0 bytes rather than lost, and
-    names that are not UTF-8 come as surrogate-escaped strings.
+    Local folders: symbolic links are followed, each real folder is entered once, so a loop ends; a file or
+    folder that cannot be examined (a dangling link, no permission) is listed with 0 bytes rather than lost,
+    and names that are not UTF-8 come as surrogate-escaped strings.
     """
     if is_local(url):
         yield from sorted(_walk(absolute(url)), key=lambda found: os.fsencode(found.url))

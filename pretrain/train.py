@@ -47,9 +47,9 @@ from tokenizer.artifact import VisualTokenizer
 class PretrainConfig:
     """Pretrain a ViT by masked image modelling. Defaults are the paper's base model, 1600 epochs (Table 9).
 
-    Give `shards` (precomputed codes), or `images` and `tokenizer` (codes made online). Image size, patch size,
-    grid and codebook come from there and cannot disagree. A killed run started again with the same settings
-    goes on from its last checkpoint; a finished one is left alone.
+    Give `shards` (precomputed codes), or `images` and `tokenizer` (codes made online). Image size, patch
+    size, grid and codebook come from there and cannot disagree. A killed run started again with the same
+    settings goes on from its last checkpoint; a finished one is left alone.
     """
 
     output: str
@@ -218,9 +218,10 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
     progress = Progress("pretrain", total, "images", done=done) if worker.is_main else None
     if worker.is_main:
         print(
-            f"{reader.num_samples:,} samples, {config.epochs} epochs of {steps_per_epoch} steps of {config.batch_size}, "
-            f"{num_masked} of {math.prod(source.grid)} patches masked, {'online' if source.online else 'precomputed'} "
-            f"codes, lr {config.optim.effective_lr(config.batch_size):.2e}, {worker.world_size} workers, {device}, {dtype}",
+            f"{reader.num_samples:,} samples, {config.epochs} epochs of {steps_per_epoch} steps of "
+            f"{config.batch_size}, {num_masked} of {math.prod(source.grid)} patches masked, "
+            f"{'online' if source.online else 'precomputed'} codes, "
+            f"lr {config.optim.effective_lr(config.batch_size):.2e}, {worker.world_size} workers, {device}, {dtype}",
             flush=True,
         )
 
@@ -266,7 +267,7 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
                 metrics = {name: value for name, value in asdict(figures).items() if value is not None}
                 require_finite(metrics, step, samples.keys)
                 if log is not None:
-                    log.log(step, **metrics, lr=lr(step - 1), grad_norm=float(grad_norm))
+                    log.log(step, {**metrics, "lr": lr(step - 1), "grad_norm": float(grad_norm)})
             if progress is not None:
                 progress.update(samples.global_size, epoch=epoch + 1, **metrics)
             if worker.is_main and time.monotonic() - saved > config.checkpoint_every_s:

@@ -55,8 +55,8 @@ def _read_shard(shard: ShardInfo, first_id: int, end_id: int) -> Iterator[ImageS
         image = block[offset : offset + row["image_bytes"]]
         if hashlib.sha256(image).digest() != row["image_hash"]:
             raise InputError(
-                f"{shard.tar} of shard {shard.name} is damaged at sample {row['sample_id']} ({row['source']}); "
-                "copy the dataset again or repair it"
+                f"{shard.tar} of shard {shard.name} is damaged at sample {row['sample_id']} "
+                f"({row['source']}); copy the dataset again or repair it"
             )
         yield ImageSample(sample_id=row["sample_id"], image=image, source=row["source"], label=row["label"])
 

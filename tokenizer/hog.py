@@ -1,7 +1,7 @@
 """Histograms of oriented gradients (HOG), one descriptor per patch: a teacher without weights.
 
-Hand-crafted, not semantic: a cousin of what MaskFeat regresses (arXiv 2112.09133), and codes learned from it
-group edges and textures. It lets the pipeline run anywhere; for BEiT v2's results take a CLIP or DINO teacher.
+Hand-crafted, not semantic: a cousin of what MaskFeat regresses (arXiv 2112.09133), and codes learned from
+it group edges and textures. It lets the pipeline run anywhere; for BEiT v2's results take CLIP or DINO.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ FLATNESS = 0.25
 class Hog(nn.Module):
     """RGB images in [0, 1] to HOG descriptors of their patches.
 
-    Each patch has cells x cells cells (2 x 2; one where the patch size is odd), each cell one histogram of 8
-    signed orientations per colour channel. They are normalised together, over the whole patch, and the mean of
-    each histogram is taken away, because a cosine target should not be dominated by what all patches share.
-    One constant value at the end keeps flat patches away from zero, whose cosine with anything is undefined:
-    97 values for 2 x 2 cells.
+    Each patch has cells x cells cells (2 x 2; one where the patch size is odd), each cell one histogram of
+    8 signed orientations per colour channel. They are normalised together, over the whole patch, and the
+    mean of each histogram is taken away, because a cosine target should not be dominated by what all patches
+    share. One constant value at the end keeps flat patches away from zero, whose cosine with anything is
+    undefined: 97 values for 2 x 2 cells.
     """
 
     def __init__(self, patch_size: int) -> None:
@@ -62,7 +62,7 @@ class Hog(nn.Module):
 
 
 def cell_histograms(images: Tensor, cell: int) -> Tensor:
-    """images [B, C, S, S] in [0, 1] -> [B, 8, C, S / cell, S / cell], mean gradient per pixel and orientation.
+    """images [B, C, S, S] in [0, 1] -> mean gradient per pixel [B, 8, C, S / cell, S / cell] by orientation.
 
     Gradients are central differences, with the image's edge repeated outwards. A pixel gives its magnitude
     to the two nearest orientations, in proportion; orientation 0 points to the right, 2 downwards.

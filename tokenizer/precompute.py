@@ -66,7 +66,7 @@ class PrecomputeConfig:
     decode_threads: int = 2
     """Threads per worker that decode, crop and encode JPEG while the encoder runs."""
     encoder_threads: int = 2
-    """CPU threads of the encoder; part of the plan, because sums may round differently with another number."""
+    """CPU threads of the encoder; part of the plan, because sums may round otherwise with another number."""
     cluster: ClusterConfig = ClusterConfig()
     """Ray actors that share the shards."""
 
@@ -275,7 +275,8 @@ def _announce(plan: Plan, images: Dataset, todo: list[Item]) -> None:
     held = plan.num_items - len(todo)
     print(
         f"{images.num_samples(0):,} images x {plan.views} views = {crops:,} crops, about {size:.2f} GB, in "
-        f"{plan.num_items} shards ({held} committed already); a run of E epochs sees each crop E/{plan.views} times",
+        f"{plan.num_items} shards ({held} committed already); a run of E epochs sees each crop "
+        f"E/{plan.views} times",
         flush=True,
     )
 

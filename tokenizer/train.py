@@ -177,8 +177,9 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
     progress = Progress("train tokenizer", total, "images", done=done) if worker.is_main else None
     if worker.is_main:
         print(
-            f"{reader.num_samples:,} images, {config.epochs} epochs of {steps_per_epoch} steps of {config.batch_size}, "
-            f"lr {config.optim.effective_lr(config.batch_size):.2e}, {worker.world_size} workers, {device}, {dtype}",
+            f"{reader.num_samples:,} images, {config.epochs} epochs of {steps_per_epoch} steps of "
+            f"{config.batch_size}, lr {config.optim.effective_lr(config.batch_size):.2e}, "
+            f"{worker.world_size} workers, {device}, {dtype}",
             flush=True,
         )
 
@@ -237,7 +238,7 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
                 require_finite(figures, step, batch.keys)
                 model.quantize.check_equal_on_all_ranks(worker)
                 if log is not None:
-                    log.log(step, **figures, lr=lr(step - 1), grad_norm=float(grad_norm))
+                    log.log(step, {**figures, "lr": lr(step - 1), "grad_norm": float(grad_norm)})
             if progress is not None:
                 progress.update(batch.global_size, epoch=epoch + 1, **figures)
             if worker.is_main and time.monotonic() - saved > config.checkpoint_every_s:
@@ -256,7 +257,7 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
             }
         if worker.is_main:
             assert log is not None
-            log.log(step, split="epoch", epoch=epoch + 1, **metrics)
+            log.log(step, {"epoch": epoch + 1, **metrics}, split="epoch")
             shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
             print(f"epoch {epoch + 1}/{config.epochs}: {shown}", flush=True)
             checkpoint(epoch + 1, 0)

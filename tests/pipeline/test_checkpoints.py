@@ -60,6 +60,6 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 
     store = CheckpointStore(str(tmp_path))
     store.save(TrainState(step=1), {"model": Evil()})
-    with pytest.raises(Exception, match="(?i)weights.only"):
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
         store.latest()
     assert not (tmp_path / "executed").exists()

@@ -10,11 +10,11 @@ from pipeline.metrics import MetricsLog, Progress, duration, read_metrics
 def test_records_survive_a_resume_without_a_fork(tmp_path: Path) -> None:
     first = MetricsLog(str(tmp_path))
     for step in (10, 20, 30):
-        first.log(step, loss=1.0 / step)
+        first.log(step, {"loss": 1.0 / step})
     first.close()
     second = MetricsLog(str(tmp_path), resume_step=20)
-    second.log(30, loss=7.0)
-    second.log(30, split="val", loss=8.0)
+    second.log(30, {"loss": 7.0})
+    second.log(30, {"loss": 8.0}, split="val")
     second.close()
     records = read_metrics(str(tmp_path))
     assert [(r["step"], r["split"], r["loss"]) for r in records] == [
@@ -28,7 +28,7 @@ def test_records_survive_a_resume_without_a_fork(tmp_path: Path) -> None:
 
 def test_a_new_run_forgets_the_old_records(tmp_path: Path) -> None:
     old = MetricsLog(str(tmp_path))
-    old.log(10, loss=1.0)
+    old.log(10, {"loss": 1.0})
     old.close()
     MetricsLog(str(tmp_path)).close()
     assert read_metrics(str(tmp_path)) == []
