@@ -7,6 +7,7 @@ items commit, not from Ray: an item may run twice.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import uuid
 from collections import deque
@@ -236,7 +237,6 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         device=ray.train.torch.get_device(),
-        report=lambda metrics: ray.train.report(dict(metrics)),
     )
     settings["train"](settings["config"], worker)
 
@@ -246,10 +246,12 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
 
 def _connect(cluster: ClusterConfig) -> Any:
     """The ray module, connected: to the given cluster, to the one this job runs in, or to a new one."""
-    # Ray Train patches print so that lines show twice otherwise; both are read when Ray starts its workers.
+    if not sys.stdout.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    # Ray Train patches print; without this, lines show twice.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # A worker's imports take 15 s on an idle machine, and more than Ray Train's minute on a busy one.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     try:
         import ray
     except ImportError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,18 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def _report_nothing(metrics: Mapping[str, float]) -> None:
-    del metrics
-
-
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """Passed to a training loop; nothing looks ranks up globally. `report` sends figures to a dashboard."""
+    """Passed to a training loop; nothing looks ranks up globally."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
-    report: Callable[[Mapping[str, float]], None] = _report_nothing
 
     @property
     def is_main(self) -> bool:

@@ -221,7 +221,8 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
             f"{reader.num_samples:,} samples, {config.epochs} epochs of {steps_per_epoch} steps of "
             f"{config.batch_size}, {num_masked} of {math.prod(source.grid)} patches masked, "
             f"{'online' if source.online else 'precomputed'} codes, "
-            f"lr {config.optim.effective_lr(config.batch_size):.2e}, {worker.world_size} workers, {device}, {dtype}",
+            f"lr {config.optim.effective_lr(config.batch_size):.2e}, {worker.world_size} workers, "
+            f"{device}, {dtype}",
             flush=True,
         )
 
@@ -276,7 +277,6 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
         if worker.is_main:
             checkpoint(epoch + 1, 0)
             saved = time.monotonic()
-        worker.report(metrics)
 
     reader.close()
     if worker.is_main:

@@ -262,7 +262,6 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
             print(f"epoch {epoch + 1}/{config.epochs}: {shown}", flush=True)
             checkpoint(epoch + 1, 0)
             saved = time.monotonic()
-        worker.report(metrics)
 
     reader.close()
     if worker.is_main:
