@@ -515,11 +515,13 @@ def print_summary(output: str) -> None:
 
 def _give_up(stage: Stage, status: int, log: StageLog) -> None:
     """Say which stage failed, show the end of its log, and exit with its status: 2 for bad input, else 1."""
-    what = (
-        f"failed with exit status {status}"
-        if status
-        else f"ended without writing {' and '.join(stage.writes)}"
-    )
+    if status == 0:
+        what = f"ended without writing {' and '.join(stage.writes)}"
+    elif status < 0:
+        memory = ", as when memory runs out" if -status == signal.SIGKILL else ""
+        what = f"was ended by signal {signal.Signals(-status).name}{memory}"
+    else:
+        what = f"failed with exit status {status}"
     tail = "\n".join(f"  | {line}" for line in log.tail)
     print(
         f"{tail}\nerror: stage {stage.name} {what}; above is the end of its log, {log.url}; once mended, the "

@@ -19,6 +19,7 @@ import pytest
 from jobs import run_pipeline
 from jobs.run_pipeline import PipelineConfig, Stage, StageConfig
 from pipeline import storage
+from pipeline.config import parse
 from pipeline.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,6 +156,19 @@ def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
         PipelineConfig(output="run", **wrong)
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "jobs" / "configs").glob("*/pipeline.yaml")), ids=lambda path: path.parent.name
+)
+def test_the_pipelines_that_come_along_name_files_that_exist(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    config = parse(PipelineConfig, ["--config", str(path.relative_to(ROOT))])
+    for stage in run_pipeline.stages(config):
+        argv = run_pipeline.command_line(stage, config.cluster)
+        assert run_pipeline.settings_fingerprint(stage, argv)
+
+
 # ------------------------------------------------------------------------------------------------ skipping
 
 
@@ -235,7 +249,8 @@ def test_a_failed_stage_ends_the_run_and_the_next_goes_on_there(
     assert ended.value.code == exit_status
     assert fake.ran == ALL[:4]
     message = capsys.readouterr().err
-    assert f"stage precompute_shards failed with exit status {status}" in message
+    how = "was ended by signal SIGKILL" if status == -9 else f"failed with exit status {status}"
+    assert f"error: stage precompute_shards {how}" in message
     assert "precompute_shards line 39" in message
     assert "the reason why" in message
     log = Path(config.output, "logs", "precompute_shards.log")

@@ -115,11 +115,16 @@ SAYS = {
 
 
 def test_every_stage_runs_as_a_submitted_job(
-    ray_head: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ray_head: Any,
+    s3_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """From drawn pictures to the report, everything read from and written to an object store."""
     monkeypatch.chdir(ROOT)
     client = Jobs(ray_head.job_server)
-    output = str(tmp_path / "run")
+    output = f"{s3_url}/run"
     config = tiny_pipeline(output, ray_head.job_server)
 
     # Beside the stages, which run one after the other: bad input.
