@@ -1,7 +1,8 @@
-"""Histograms of oriented gradients (HOG), one descriptor per patch: a teacher without weights.
+"""Histograms of oriented gradients (HOG) and mean colour, one descriptor per patch: a teacher without weights.
 
 Hand-crafted, not semantic: a cousin of what MaskFeat regresses (arXiv 2112.09133), and codes learned from
-it group edges and textures. It lets the pipeline run anywhere; for BEiT v2's results take CLIP or DINO.
+it group edges, textures and colours. It lets the pipeline run anywhere; for BEiT v2's results take CLIP or
+DINO.
 """
 
 from __future__ import annotations
@@ -22,43 +23,51 @@ small ViT sat on the plateau of the mean for its first hundreds of steps, while 
 FAINT_GRADIENT = 4.0 / 255.0
 """Length of a patch's histograms (mean gradient per pixel, of a [0, 1] image) that counts as half an edge."""
 
+CELL = 8
+"""Side of a cell in pixels, as in Dalal and Triggs (2005); a smaller patch is one cell."""
+
+COLOUR = 2.0
+"""Weight of a patch's mean colour, measured from mid-grey in [-0.5, 0.5]."""
+
 FLATNESS = 0.25
-"""The last value of every descriptor: alone in a flat patch, small beside an edge."""
+"""The last value of every descriptor: alone in a flat grey patch, small beside an edge or a colour."""
 
 
 class Hog(nn.Module):
-    """RGB images in [0, 1] to HOG descriptors of their patches.
+    """RGB images in [0, 1] to descriptors of their patches.
 
-    Each patch has cells x cells cells (2 x 2; one where the patch size is odd), each cell one histogram of
-    8 signed orientations per colour channel. They are normalised together, over the whole patch, and the
-    mean of each histogram is taken away, because a cosine target should not be dominated by what all patches
-    share. One constant value at the end keeps flat patches away from zero, whose cosine with anything is
-    undefined: 97 values for 2 x 2 cells.
+    Each patch has cells x cells cells (of 8 x 8 pixels: 2 x 2 in a patch of 16), each cell one histogram of 8
+    signed orientations per colour channel. They are normalised together, over the whole patch, and the mean
+    of each histogram is taken away, because a cosine target should not be dominated by what all patches
+    share. Then the patch's mean colour: edges alone say too little of their neighbours for masked patches to
+    be guessed. Then a constant that keeps flat grey patches away from zero, whose cosine is undefined:
+    28 values for 1 cell, 100 for 2 x 2.
     """
 
     def __init__(self, patch_size: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.cells = 2 if patch_size % 2 == 0 else 1
-        self.dim = 3 * self.cells**2 * ORIENTATIONS + 1
+        # As many cells as fit in whole pixels: a patch of 14 has one, not 1.75.
+        self.cells = patch_size // CELL if patch_size % CELL == 0 else 1
+        self.dim = 3 * self.cells**2 * ORIENTATIONS + 3 + 1
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, S, S] -> [B, N, 3 x cells^2 x 8 + 1] float32, N patches row by row.
+        """images [B, 3, S, S] -> [B, N, 3 x cells^2 x 8 + 4] float32, N patches row by row.
 
-        The values of a patch are ordered cell row, cell column, channel, orientation; then the constant.
+        The values of a patch are ordered cell row, cell column, channel, orientation; then red, green, blue;
+        then the constant.
         """
         with torch.autocast(images.device.type, enabled=False):
             histograms = cell_histograms(images, self.patch_size // self.cells)
             batch, bins, channels, rows, columns = histograms.shape
             n = self.cells
             split = histograms.view(batch, bins, channels, rows // n, n, columns // n, n)
-            by_patch = split.permute(0, 3, 5, 4, 6, 2, 1).reshape(
-                batch, (rows // n) * (columns // n), -1, bins
-            )
+            by_patch = split.permute(0, 3, 5, 4, 6, 2, 1).reshape(batch, (rows // n) * (columns // n), -1, bins)
             centred = by_patch - by_patch.mean(dim=-1, keepdim=True)
             energy = by_patch.flatten(2).norm(dim=-1, keepdim=True)
             edges = centred.flatten(2) / (energy + FAINT_GRADIENT)
-            return torch.cat([edges, torch.full_like(energy, FLATNESS)], dim=-1)
+            colour = F.avg_pool2d(images.float() - 0.5, self.patch_size).flatten(2).transpose(1, 2)
+            return torch.cat([edges, COLOUR * colour, torch.full_like(energy, FLATNESS)], dim=-1)
 
 
 def cell_histograms(images: Tensor, cell: int) -> Tensor:

@@ -30,10 +30,10 @@ def pictures(size: int, count: int = 2, seed: int = 0) -> Tensor:
 def test_hog_needs_nothing_and_describes_the_pixels():
     teacher = build_teacher(TeacherConfig(), 112, 8)
     pixels = pictures(112)
-    assert (teacher.dim, teacher.grid, teacher.input_size) == (97, 14, 112)
+    assert (teacher.dim, teacher.grid, teacher.input_size) == (28, 14, 112)
     assert torch.equal(teacher(pixels), Hog(8)(pixels.float() / 255))
     assert torch.equal(teacher(pixels.permute(0, 2, 3, 1)), teacher(pixels))
-    assert teacher.spec == {"name": "hog", "dim": 97, "input_size": 112, "fingerprint": teacher.fingerprint}
+    assert teacher.spec == {"name": "hog", "dim": 28, "input_size": 112, "fingerprint": teacher.fingerprint}
     json.dumps(teacher.spec)
 
 
