@@ -7,6 +7,7 @@ raises, so nothing here streams into place: bytes are built in memory, then put 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import secrets
@@ -14,12 +15,17 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.spec import AbstractFileSystem
 
 from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 
 _TEMPORARY = re.compile(r"\..*\.\d+\.[0-9a-f]{8}\.partial", re.DOTALL)
 """Names of temporary files; a listing leaves them out, because they are nobody's finished object."""
@@ -49,6 +55,15 @@ def absolute(url: str) -> str:
     if is_local(url):
         return os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
     return url.rstrip("/")
+
+
+def absolute_places(config: ConfigT, *fields: str) -> ConfigT:
+    """A configuration whose named fields (those that are set) hold absolute URLs.
+
+    Ray Train runs its workers in a folder of its own, where a relative path means something else.
+    """
+    given = {field: getattr(config, field) for field in fields}
+    return dataclasses.replace(config, **{k: absolute(v) for k, v in given.items() if v is not None})
 
 
 def join(root: str, *parts: str) -> str:

@@ -127,7 +127,8 @@ class Batch:
 
 def pretrain_mim(config: PretrainConfig) -> None:
     """Pretrain, or finish pretraining, the backbone at `config.output`."""
-    output = storage.absolute(config.output)
+    config = storage.absolute_places(config, "output", "shards", "images", "tokenizer")
+    output = config.output
     source = open_source(config)
     # Built here once already: what does not fit is refused before anything is written.
     _model(config, source)
@@ -177,7 +178,7 @@ def open_source(config: PretrainConfig, device: torch.device | str = "cpu") -> S
 
 def _train(config: PretrainConfig, worker: Worker) -> None:
     """One worker's part of the pretraining."""
-    output = storage.absolute(config.output)
+    output = config.output
     device = worker.device
 
     # Data: a rank's slices of the global batches.

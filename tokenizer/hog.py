@@ -1,4 +1,4 @@
-"""Histograms of oriented gradients (HOG) and mean colour, one descriptor per patch: a teacher without weights.
+"""Histograms of oriented gradients (HOG) and mean colour per patch: a teacher without weights.
 
 Hand-crafted, not semantic: a cousin of what MaskFeat regresses (arXiv 2112.09133), and codes learned from
 it group edges, textures and colours. It lets the pipeline run anywhere; for BEiT v2's results take CLIP or
@@ -61,8 +61,9 @@ class Hog(nn.Module):
             histograms = cell_histograms(images, self.patch_size // self.cells)
             batch, bins, channels, rows, columns = histograms.shape
             n = self.cells
+            num_patches = (rows // n) * (columns // n)
             split = histograms.view(batch, bins, channels, rows // n, n, columns // n, n)
-            by_patch = split.permute(0, 3, 5, 4, 6, 2, 1).reshape(batch, (rows // n) * (columns // n), -1, bins)
+            by_patch = split.permute(0, 3, 5, 4, 6, 2, 1).reshape(batch, num_patches, -1, bins)
             centred = by_patch - by_patch.mean(dim=-1, keepdim=True)
             energy = by_patch.flatten(2).norm(dim=-1, keepdim=True)
             edges = centred.flatten(2) / (energy + FAINT_GRADIENT)

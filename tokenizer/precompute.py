@@ -84,7 +84,8 @@ class ItemReport:
 
 def precompute_shards(config: PrecomputeConfig) -> Manifest:
     """Write all missing shards, then the manifest. Returns the manifest of the finished dataset."""
-    root = storage.absolute(config.output)
+    config = storage.absolute_places(config, "images", "tokenizer", "output")
+    root = config.output
     images = open_dataset(config.images, "images")
     plan = start(root, _plan(config, images))
     todo = list(pending(root, plan))
@@ -123,7 +124,7 @@ class ShardWriter:
             torch.set_num_threads(encode["threads"])
         self._config = config
         self._plan = plan
-        self._root = storage.absolute(config.output)
+        self._root = config.output
         self._images = open_dataset(config.images, "images")
         self._tokenizer = VisualTokenizer.load(
             config.tokenizer,

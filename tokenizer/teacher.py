@@ -6,6 +6,7 @@ A teacher is an argument of the training loop, never part of the tokenizer's sta
 from __future__ import annotations
 
 import hashlib
+import dataclasses
 import io
 import math
 import pickle
@@ -116,6 +117,13 @@ class Teacher(nn.Module):
             size = (self.input_size, self.input_size)
             images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0.0, 1.0)
         return self.body((images - self.mean) / self.std).float()
+
+
+def with_absolute_weights(config: TeacherConfig) -> TeacherConfig:
+    """The same teacher, its weights named so that any process finds them."""
+    if config.pretrained is None or not _is_file(config.pretrained):
+        return config
+    return dataclasses.replace(config, pretrained=storage.absolute(config.pretrained))
 
 
 def build_teacher(

@@ -5,6 +5,7 @@ Read `_train` from top to bottom: it is the whole loop.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import operator
@@ -39,7 +40,7 @@ from shards.reader import ShardReader
 from shards.views import ViewPolicy
 from tokenizer.artifact import save_tokenizer
 from tokenizer.quantizer import CodeStatistics, CodeUsage
-from tokenizer.teacher import Teacher, TeacherConfig, build_teacher
+from tokenizer.teacher import Teacher, TeacherConfig, build_teacher, with_absolute_weights
 from tokenizer.vqkd import VQKD, VQKDConfig, VQKDOutput, normalize_pixels
 
 
@@ -107,7 +108,9 @@ PLACES = (
 
 def train_tokenizer(config: TokenizerTrainConfig) -> None:
     """Train, or finish training, the tokenizer at `config.output`."""
-    output = storage.absolute(config.output)
+    config = storage.absolute_places(config, "images", "val_images", "output")
+    config = dataclasses.replace(config, teacher=with_absolute_weights(config.teacher))
+    output = config.output
     images = open_dataset(config.images, "images")
     inputs = {"images": images.fingerprint}
     if config.val_images is not None:
@@ -128,7 +131,7 @@ def train_tokenizer(config: TokenizerTrainConfig) -> None:
 
 def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
     """One worker's part of the training."""
-    output = storage.absolute(config.output)
+    output = config.output
     device = worker.device
 
     # Data: a rank's slices of the global batches.
