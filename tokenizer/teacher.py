@@ -5,8 +5,8 @@ A teacher is an argument of the training loop, never part of the tokenizer's sta
 
 from __future__ import annotations
 
-import hashlib
 import dataclasses
+import hashlib
 import io
 import math
 import pickle
