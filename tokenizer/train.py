@@ -236,7 +236,7 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
                 )
             step += 1
 
-            if step % config.log_every_steps == 0:
+            if step % config.log_every_steps == 0 or step % steps_per_epoch == 0:
                 figures = means.take(worker)
                 require_finite(figures, step, batch.keys)
                 model.quantize.check_equal_on_all_ranks(worker)

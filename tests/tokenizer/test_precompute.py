@@ -16,6 +16,7 @@ from shards.decode import DecodeConfig, decode_image
 from shards.images import read_images
 from shards.index import codes_of
 from shards.manifest import open_dataset, read_shard_index
+from shards.order import view_of_epoch
 from shards.reader import ShardReader
 from shards.views import ViewPolicy, decode_crop, encode_crop, render, view_at
 from tokenizer.artifact import VisualTokenizer
@@ -100,8 +101,9 @@ def test_online_equals_precomputed(token_shards: str, image_shards: str, tokeniz
             for batch in reader.batches(epoch):
                 codes = tokenizer.encode(torch.from_numpy(batch.pixels)).numpy() if codes_now else batch.codes
                 assert codes is not None
-                for key, pixels, grid in zip(batch.keys, batch.pixels, codes, strict=True):
-                    known = by_key.setdefault(key, (pixels, grid))
+                view = view_of_epoch(2, 3, epoch)
+                for sample_id, pixels, grid in zip(batch.sample_ids, batch.pixels, codes, strict=True):
+                    known = by_key.setdefault((int(sample_id), view), (pixels, grid))
                     np.testing.assert_array_equal(known[0], pixels)
                     np.testing.assert_array_equal(known[1], grid)
         reader.close()
