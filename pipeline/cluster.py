@@ -110,12 +110,21 @@ class _ItemActor:
         return self._runner(item)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One attempt at an item."""
+
+    item: Any
+    actor: Any
+    attempt: int
+
+
 @dataclass
 class _Slot:
-    """An actor and the items it holds; `alone` while it runs an item that may have killed an actor."""
+    """A place for an actor, and what it runs; `alone` while that is an item that may have ended an actor."""
 
     actor: Any
-    items: dict[Any, Any] = field(default_factory=dict)
+    runs: dict[Any, _Run] = field(default_factory=dict)
     alone: bool = False
 
 
@@ -124,56 +133,56 @@ def _map_on_actors(
 ) -> Iterator[Result]:
     ray = _connect(cluster)
     use_gpu, cpus = _resources(cluster)
+    # No restarts by Ray: what is sent to an actor that is just restarting fails like what ended it.
     actor_class = ray.remote(_ItemActor).options(
-        num_cpus=cpus, num_gpus=1 if use_gpu else 0, max_restarts=-1, max_concurrency=ITEMS_IN_FLIGHT
+        num_cpus=cpus, num_gpus=1 if use_gpu else 0, max_restarts=0, max_concurrency=ITEMS_IN_FLIGHT
     )
     slots = [_Slot(actor_class.remote(make_runner, cpus)) for _ in range(cluster.num_workers)]
-    waiting, suspects = iter(items), deque[tuple[Item, int]]()
-    attempts: dict[Any, int] = {}
-    exhausted = False
+    waiting = iter(items)
+    suspects: deque[_Run] = deque()
+
+    def fill(slot: _Slot) -> None:
+        while len(slot.runs) < ITEMS_IN_FLIGHT and not slot.alone:
+            if suspects and not slot.runs:
+                suspect = suspects.popleft()
+                run = _Run(item=suspect.item, actor=slot.actor, attempt=suspect.attempt + 1)
+                slot.alone = True
+            elif suspects:
+                return
+            else:
+                try:
+                    run = _Run(item=next(waiting), actor=slot.actor, attempt=1)
+                except StopIteration:
+                    return
+            slot.runs[slot.actor.run.remote(run.item)] = run
+
     try:
         while True:
             for slot in slots:
-                while len(slot.items) < ITEMS_IN_FLIGHT and not slot.alone:
-                    if suspects:
-                        if slot.items:
-                            break
-                        item, tried = suspects.popleft()
-                        slot.alone = True
-                    else:
-                        try:
-                            item, tried = next(waiting), 0
-                        except StopIteration:
-                            exhausted = True
-                            break
-                    reference = slot.actor.run.remote(item)
-                    slot.items[reference] = item
-                    attempts[reference] = tried + 1
-            if exhausted and not suspects and not any(slot.items for slot in slots):
+                fill(slot)
+            if not (references := [reference for slot in slots for reference in slot.runs]):
                 return
-            references = [reference for slot in slots for reference in slot.items]
-            done, _ = ray.wait(references, num_returns=1)
-            for reference in done:
-                slot = next(slot for slot in slots if reference in slot.items)
-                item, tried = slot.items.pop(reference), attempts.pop(reference)
-                slot.alone = False
-                try:
-                    result = ray.get(reference)
-                except ray.exceptions.RayActorError as error:
-                    if tried >= MAX_ATTEMPTS:
-                        raise WorkerFailedError(
-                            f"item {item} ended its worker {tried} times, last by: {error}; "
-                            "look at it with --cluster.num_workers 0"
-                        ) from None
-                    print(
-                        f"warning: a worker died while it held item {item}; it runs again elsewhere",
-                        flush=True,
-                    )
-                    suspects.append((item, tried))
-                    continue
-                except ray.exceptions.RayTaskError as error:
-                    raise _cause(error) from error
-                yield result
+            [reference], _ = ray.wait(references, num_returns=1)
+            slot = next(slot for slot in slots if reference in slot.runs)
+            run = slot.runs.pop(reference)
+            slot.alone = False
+            try:
+                result = ray.get(reference)
+            except ray.exceptions.RayActorError as error:
+                if run.attempt >= MAX_ATTEMPTS:
+                    raise WorkerFailedError(
+                        f"item {run.item} ended its worker {run.attempt} times, last by: {error}; "
+                        "look at it with --cluster.num_workers 0"
+                    ) from None
+                print(f"warning: a worker died while it held item {run.item}; it runs again", flush=True)
+                suspects.append(run)
+                if run.actor is slot.actor:
+                    ray.kill(slot.actor)
+                    slot.actor = actor_class.remote(make_runner, cpus)
+                continue
+            except ray.exceptions.RayTaskError as error:
+                raise _cause(error) from error
+            yield result
     finally:
         for slot in slots:
             ray.kill(slot.actor)

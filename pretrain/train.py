@@ -263,7 +263,7 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
-            if step % config.log_every_steps == 0 or step == config.epochs * steps_per_epoch:
+            if step % config.log_every_steps == 0 or step % steps_per_epoch == 0:
                 figures = mim_figures(worker.sum(sums), aggregated=model.cls_pt_layers is not None)
                 sums = torch.zeros_like(sums)
                 metrics = {name: value for name, value in asdict(figures).items() if value is not None}

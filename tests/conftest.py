@@ -122,6 +122,10 @@ def ray_head(s3_server: S3Server) -> Iterator[RayHead]:
         job_server = f"http://127.0.0.1:{dashboard}"
         with _server(command, f"{job_server}/api/version", environment, cwd=folder):
             yield RayHead(address=f"127.0.0.1:{gcs}", job_server=job_server)
+            # A driver that is still connected when its cluster goes is ended by Ray, and the tests with it.
+            import ray
+
+            ray.shutdown()
 
 
 @pytest.fixture
