@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pipeline import storage
-from pipeline.artifacts import canonical_json, differences, sha256_hex
+from pipeline.artifacts import canonical_json, code_version, differences, sha256_hex
 from pipeline.errors import InputError
 from shards.build import BuiltShard
 from shards.index import FORMAT_VERSION
@@ -43,6 +43,7 @@ from shards.manifest import (
 from shards.plan import Item, Plan, items
 
 PLAN = "plan.json"
+RUN_CONFIG = "config.json"
 PROBES = 16
 CHECK_THREADS = 16
 """So many receipts and sizes are asked for at once: at 30 ms a request, 10,000 shards take a minute."""
@@ -56,6 +57,15 @@ class CommitError(Exception):
 
 
 # ------------------------------------------------------------------------------------------------ start
+
+
+def record_run(root: str, config: dict[str, Any]) -> None:
+    """Beside the dataset, once: the settings of the run that began it, and the version of its code.
+
+    Not part of the dataset: its bytes are decided by the plan alone.
+    """
+    record = {"config": config, "code_version": code_version()}
+    storage.create(storage.join(root, RUN_CONFIG), canonical_json(record) + b"\n")
 
 
 def start(root: str, plan: Plan, *, beside: Sequence[str] = ()) -> Plan:

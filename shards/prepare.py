@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from pipeline import artifacts, storage
-from pipeline.artifacts import canonical_json, code_version
 from pipeline.cluster import ClusterConfig, map_items
 from pipeline.config import identity
 from pipeline.errors import InputError
@@ -43,7 +42,6 @@ from shards.source_table import (
 from shards.source_tars import check_unchanged
 from shards.sources import LabelRule, SourceConfig, list_sources, read_images
 
-CONFIG = "config.json"
 PARTS = ("train", "val")
 
 _READ_THREADS = 8
@@ -287,9 +285,8 @@ class Work:
 
 
 def _begin(config: PrepareConfig, root: str, sources: Sources) -> Part:
-    plan = commit.start(root, plan_dataset(config, sources), beside=(SOURCES, CONFIG))
-    record = {"config": identity(config, ("output", "cluster")), "code_version": code_version()}
-    storage.create(storage.join(root, CONFIG), canonical_json(record) + b"\n")
+    plan = commit.start(root, plan_dataset(config, sources), beside=(SOURCES, commit.RUN_CONFIG))
+    commit.record_run(root, identity(config, ("output", "cluster")))
     return Part(root=root, plan=plan)
 
 

@@ -22,15 +22,16 @@ import torch
 
 from pipeline import storage
 from pipeline.cluster import ClusterConfig, device_type, map_items
-from pipeline.config import to_dict
+from pipeline.config import identity, to_dict
 from pipeline.errors import InputError
 from pipeline.metrics import Progress
 from pipeline.optim import Precision
 from shards.build import build_shard
-from shards.commit import Item, Plan, commit, finish, pending, receipt, start
+from shards.commit import commit, finish, pending, receipt, record_run, start
 from shards.decode import Rejected, decode_config_of, decode_image
 from shards.images import ImageSample, read_images, sample_ids
 from shards.manifest import Dataset, Manifest, open_dataset
+from shards.plan import Item, Plan
 from shards.samples import RejectedSample, StoredSample
 from shards.views import ViewPolicy, decode_crop, encode_crop, render, view_at
 from tokenizer.artifact import VisualTokenizer, describe, read_tokenizer
@@ -88,6 +89,7 @@ def precompute_shards(config: PrecomputeConfig) -> Manifest:
     root = config.output
     images = open_dataset(config.images, "images")
     plan = start(root, _plan(config, images))
+    record_run(root, identity(config, ("output", "cluster")))
     todo = list(pending(root, plan))
     _announce(plan, images, todo)
 

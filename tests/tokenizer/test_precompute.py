@@ -51,7 +51,10 @@ def token_shards(config: PrecomputeConfig) -> str:
 
 
 def _files(root: str) -> dict[str, Path]:
-    return {str(p.relative_to(root)): p for p in Path(root).rglob("*") if p.is_file()}
+    """The dataset's objects; config.json beside them says who began it, and differs."""
+    found = {str(path.relative_to(root)): path for path in Path(root).rglob("*") if path.is_file()}
+    assert found.pop("config.json")
+    return found
 
 
 def test_everything_is_counted(token_shards: str, image_shards: str) -> None:
