@@ -20,6 +20,9 @@ from pathlib import Path
 
 import pytest
 
+# Before anything imports torch: tiny tensors on a shared machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 S3_CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "testing",
@@ -30,12 +33,11 @@ S3_CREDENTIALS = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tiny tensors on a shared machine: one thread each, nobody asks a hub for weights, Ray is locked.
+    """Nobody asks a hub for weights, and Ray is locked.
 
     Ray listens on every interface and runs what it is sent, so every cluster of the tests asks for a token.
     It is set here, for this process and all it starts; otherwise Ray would write one to the home folder.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
