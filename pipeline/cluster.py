@@ -121,9 +121,12 @@ class _Run:
 
 @dataclass
 class _Slot:
-    """A place for an actor, and what it runs; `alone` while that is an item that may have ended an actor."""
+    """A place for an actor, and what it runs; `alone` while that is an item that may have ended an actor.
 
-    actor: Any
+    The actor is made for the first item: one that is killed while it starts prints a page of stack traces.
+    """
+
+    actor: Any = None
     runs: dict[Any, _Run] = field(default_factory=dict)
     alone: bool = False
 
@@ -137,29 +140,30 @@ def _map_on_actors(
     actor_class = ray.remote(_ItemActor).options(
         num_cpus=cpus, num_gpus=1 if use_gpu else 0, max_restarts=0, max_concurrency=ITEMS_IN_FLIGHT
     )
-    slots = [_Slot(actor_class.remote(make_runner, cpus)) for _ in range(cluster.num_workers)]
+    slots = [_Slot() for _ in range(cluster.num_workers)]
     waiting = iter(items)
     suspects: deque[_Run] = deque()
 
-    def fill(slot: _Slot) -> None:
-        while len(slot.runs) < ITEMS_IN_FLIGHT and not slot.alone:
-            if suspects and not slot.runs:
-                suspect = suspects.popleft()
-                run = _Run(item=suspect.item, actor=slot.actor, attempt=suspect.attempt + 1)
-                slot.alone = True
-            elif suspects:
+    def start_one(slot: _Slot) -> None:
+        if slot.alone or len(slot.runs) == ITEMS_IN_FLIGHT or (suspects and slot.runs):
+            return
+        if suspects:
+            suspect = suspects.popleft()
+            item, attempt, slot.alone = suspect.item, suspect.attempt + 1, True
+        else:
+            try:
+                item, attempt = next(waiting), 1
+            except StopIteration:
                 return
-            else:
-                try:
-                    run = _Run(item=next(waiting), actor=slot.actor, attempt=1)
-                except StopIteration:
-                    return
-            slot.runs[slot.actor.run.remote(run.item)] = run
+        if slot.actor is None:
+            slot.actor = actor_class.remote(make_runner, cpus)
+        slot.runs[slot.actor.run.remote(item)] = _Run(item=item, actor=slot.actor, attempt=attempt)
 
     try:
         while True:
-            for slot in slots:
-                fill(slot)
+            for _ in range(ITEMS_IN_FLIGHT):
+                for slot in slots:
+                    start_one(slot)
             if not (references := [reference for slot in slots for reference in slot.runs]):
                 return
             [reference], _ = ray.wait(references, num_returns=1)
@@ -178,14 +182,15 @@ def _map_on_actors(
                 suspects.append(run)
                 if run.actor is slot.actor:
                     ray.kill(slot.actor)
-                    slot.actor = actor_class.remote(make_runner, cpus)
+                    slot.actor = None
                 continue
             except ray.exceptions.RayTaskError as error:
                 raise _cause(error) from error
             yield result
     finally:
         for slot in slots:
-            ray.kill(slot.actor)
+            if slot.actor is not None:
+                ray.kill(slot.actor)
 
 
 # ------------------------------------------------------------------------------------------------ training
