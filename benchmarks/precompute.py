@@ -46,6 +46,8 @@ class BenchmarkConfig:
     """Crops per forward pass."""
     decode_threads: int = 2
     """Threads that decode and crop while the encoder runs."""
+    forward_runs: int = 3
+    """Runs of the yardstick; their median counts."""
 
 
 def main(config: BenchmarkConfig) -> None:
@@ -77,7 +79,9 @@ def main(config: BenchmarkConfig) -> None:
         tokenizer = VisualTokenizer.load(
             tokenizer_url, device=_device(), precision="auto", batch_size=config.batch_size
         )
-        forward_s = statistics.median(_forward_s(tokenizer, crops, config.batch_size) for _ in range(3))
+        forward_s = statistics.median(
+            _forward_s(tokenizer, crops, config.batch_size) for _ in range(config.forward_runs)
+        )
     rate, yardstick = len(crops) / pass_s, len(crops) / forward_s
     print(
         json.dumps(
