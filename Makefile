@@ -6,7 +6,7 @@ DEMO = .venv/bin/python -m jobs.run_pipeline --config jobs/configs/demo/pipeline
 # With IMAGES=/some/folder a run has an output of its own, named after the folder.
 with_images = $(if $(IMAGES),--images '$(IMAGES)' --output "runs/$(1)-$$(basename '$(IMAGES)')")
 
-.PHONY: help quickstart demo quickstart-clean test test-slow check bench lock
+.PHONY: help quickstart demo quickstart-clean test test-slow test-chaos check bench lock
 
 help: ## This list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 26
@@ -21,10 +21,13 @@ quickstart-clean: ## Removes what quickstart and demo wrote.
 	rm -rf runs/quickstart runs/quickstart-* runs/demo runs/demo-*
 
 test: .venv/.installed ## The tests that take seconds.
-	.venv/bin/python -m pytest -m "not slow"
+	.venv/bin/python -m pytest -m "not slow and not chaos" -n 2 --dist loadgroup
 
 test-slow: .venv/.installed ## The tests that take minutes.
 	.venv/bin/python -m pytest -m slow
+
+test-chaos: .venv/.installed ## Kills at every step, faulty stores: minutes.
+	.venv/bin/python -m pytest -m chaos
 
 check: .venv/.installed ## Format, lint, types, import directions.
 	.venv/bin/ruff format --check .

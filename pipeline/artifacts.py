@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,14 @@ def read_file(url: str, header: Mapping[str, Any], filename: str) -> bytes:
     return data
 
 
-def claim(url: str, identity: Mapping[str, Any]) -> None:
+def claim(
+    url: str, identity: Mapping[str, Any], *, may_change: Sequence[str] = (), finished: bool = False
+) -> None:
     """Take an output URL for one run: `run.json` says whose it is, and another run is refused.
 
     `identity` is whatever decides the result: the configuration without its places, and the fingerprints of
-    its inputs. The same identity may come back, to resume.
+    its inputs. The same identity may come back, to resume. Leaves named in `may_change`, such as
+    `config.batch_size`, may differ then, unless the run is `finished`.
     """
     location = storage.join(url, "run.json")
     text = json.dumps(identity, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
@@ -116,6 +119,10 @@ def claim(url: str, identity: Mapping[str, Any]) -> None:
             return
         held = storage.read(location)
     differing = differences(json.loads(held), json.loads(text))
+    changed = [] if finished else [line for line in differing if line.split(":")[0] in may_change]
+    if changed:
+        print(f"{url} goes on with other settings: {'; '.join(changed)}", flush=True)
+    differing = [line for line in differing if line not in changed]
     if differing:
         raise InputError(
             f"{url} belongs to another run, which differs in {'; '.join(differing[:4])}"

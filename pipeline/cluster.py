@@ -6,9 +6,12 @@ items commit, not from Ray: an item may run twice.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
+import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pipeline.errors import InputError
+from pipeline.interruption import InterruptedRunError, Interruption, on_sigterm
 
 if TYPE_CHECKING:
     from pipeline.worker import Worker
@@ -26,6 +30,9 @@ Result = TypeVar("Result")
 
 MAX_ATTEMPTS = 3
 ITEMS_IN_FLIGHT = 2
+SAVE_WITHIN_S = 20.0
+"""How long a driver that got SIGTERM waits for its workers' checkpoint."""
+LISTEN_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +107,21 @@ def _map_in_process(items: Iterable[Item], runner: Callable[[Item], Result]) -> 
 
 
 class _ItemActor:
-    """What runs inside an actor: one runner for its whole life."""
+    """What runs inside an actor: one runner for its whole life.
+
+    It is made with the first item: an error in a constructor would come back as the death of the actor.
+    """
 
     def __init__(self, make_runner: Callable[[], Callable[[Any], Any]], num_threads: int) -> None:
         _set_num_threads(num_threads)
-        self._runner = make_runner()
+        self._make_runner = make_runner
+        self._runner: Callable[[Any], Any] | None = None
+        self._making = threading.Lock()
 
     def run(self, item: Any) -> Any:
+        with self._making:
+            if self._runner is None:
+                self._runner = self._make_runner()
         return self._runner(item)
 
 
@@ -199,12 +214,16 @@ def _map_on_actors(
 def run_training(train: Callable[[Any, Worker], None], config: Any, cluster: ClusterConfig) -> None:
     """Run `train(config, worker)` on every worker of a group; returns when all have.
 
-    The group restarts from the loop's own last checkpoint when a worker dies, `max_failures` times.
+    The group restarts from the loop's own last checkpoint when a worker dies, `max_failures` times; nodes
+    that are taken away do not count. SIGTERM to this process has the workers save before it ends, and then
+    raises InterruptedRunError.
     """
     if cluster.num_workers == 0:
         from pipeline.worker import local_worker
 
-        train(config, local_worker())
+        interruption = Interruption()
+        with on_sigterm(interruption.ask):
+            train(config, local_worker(interruption))
         return
     _connect(cluster)
     import ray.train.torch
@@ -212,9 +231,10 @@ def run_training(train: Callable[[Any, Worker], None], config: Any, cluster: Clu
 
     use_gpu, cpus = _resources(cluster)
     resources = {"CPU": float(cpus), **({"GPU": 1.0} if use_gpu else {})}
+    stop = _StopKey(f"stop-{uuid.uuid4().hex}")
     trainer = ray.train.torch.TorchTrainer(
         _train_on_worker,
-        train_loop_config={"train": train, "config": config, "num_threads": cpus},
+        train_loop_config={"train": train, "config": config, "num_threads": cpus, "stop": stop},
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources
         ),
@@ -227,13 +247,15 @@ def run_training(train: Callable[[Any, Worker], None], config: Any, cluster: Clu
         ),
     )
     try:
-        trainer.fit()
+        with on_sigterm(stop.ask_and_wait):
+            trainer.fit()
+    except InterruptedRunError:
+        raise
     except Exception as error:
         failures = getattr(error, "worker_failures", None)
         if not failures:
             raise
-        rank, failure = sorted(failures.items())[0]
-        cause = _cause(failure)
+        rank, cause = _first_to_fail({rank: _cause(failure) for rank, failure in failures.items()})
         if isinstance(cause, InputError):
             raise cause from None
         raise WorkerFailedError(f"training worker {rank} failed: {cause!r}") from error
@@ -247,12 +269,104 @@ def _train_on_worker(settings: dict[str, Any]) -> None:
 
     _set_num_threads(settings["num_threads"])
     context = ray.train.get_context()
-    worker = Worker(
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        device=ray.train.torch.get_device(),
-    )
-    settings["train"](settings["config"], worker)
+    with _interruption(settings["stop"]) as interruption:
+        worker = Worker(
+            rank=context.get_world_rank(),
+            world_size=context.get_world_size(),
+            device=ray.train.torch.get_device(),
+            interruption=interruption,
+        )
+        settings["train"](settings["config"], worker)
+
+
+@dataclass(frozen=True)
+class _StopKey:
+    """A key of the cluster's own store, through which driver and workers of one run agree on its end."""
+
+    name: str
+
+    def ask_and_wait(self) -> None:
+        """In the driver, on SIGTERM: have the workers save, wait for the first that has, and end the run."""
+        print("SIGTERM: the workers save and the run ends", flush=True)
+        self.say("stop")
+        given_up = time.monotonic() + SAVE_WITHIN_S
+        while time.monotonic() < given_up and self.said() != "saved":
+            time.sleep(0.1)
+        state = "state saved" if self.said() == "saved" else f"nothing saved within {SAVE_WITHIN_S:.0f} s"
+        raise InterruptedRunError(f"ended by SIGTERM, {state}; the same command goes on from there")
+
+    def say(self, word: str) -> None:
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        _internal_kv_put(self.name, word, overwrite=True)
+
+    def said(self) -> str:
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        return (_internal_kv_get(self.name) or b"").decode()
+
+
+@contextlib.contextmanager
+def _interruption(stop: _StopKey) -> Iterator[Interruption]:
+    """In a worker: hears of the driver's SIGTERM, and of nodes that are about to be taken away."""
+    ended = threading.Event()
+    preemption = _preemption_of_this_run()
+    stopping = False
+
+    def saved() -> None:
+        if not stopping:
+            return  # only the node is threatened: Ray Train ends and restarts the group when it goes
+        stop.say("saved")
+        # The driver ends now, and with it this process. A return would leave the other ranks waiting in a
+        # collective, an error would be taken for a failure.
+        ended.wait(10 * SAVE_WITHIN_S)
+        raise InterruptedRunError("the driver asked for the end of this run, but did not end")
+
+    interruption = Interruption(saved)
+
+    def listen() -> None:
+        nonlocal stopping
+        warned = False
+        while not ended.wait(LISTEN_EVERY_S):
+            if not stopping and stop.said() == "stop":
+                stopping = True
+                interruption.ask()
+            if not warned and preemption():
+                warned = True
+                interruption.ask()
+
+    listener = threading.Thread(target=listen, name="interruption", daemon=True)
+    listener.start()
+    try:
+        yield interruption
+    finally:
+        ended.set()
+        listener.join()
+
+
+def _preemption_of_this_run() -> Callable[[], bool]:
+    """Whether Ray has announced that a node of this group goes; never, where this Ray does not say.
+
+    Ray Train's public function meets with all ranks at every call; this one looks at what it has heard.
+    """
+    try:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        heard = get_train_context().preemption_context
+    except (ImportError, AttributeError):
+        return lambda: False
+    return lambda: heard.preemption_info is not None
+
+
+def _first_to_fail(causes: dict[int, BaseException]) -> tuple[int, BaseException]:
+    """The rank that failed by itself: the others' errors are about the connection they lost with it."""
+
+    def is_echo(cause: BaseException) -> bool:
+        words = str(cause).lower()
+        return any(word in words for word in ("gloo", "nccl", "connection", "socket", "process group"))
+
+    rank = min(causes, key=lambda rank: (is_echo(causes[rank]), rank))
+    return rank, causes[rank]
 
 
 # ------------------------------------------------------------------------------------------------ inside
@@ -264,6 +378,8 @@ def _connect(cluster: ClusterConfig) -> Any:
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     # Ray Train patches print; without this, lines show twice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # Nodes are given 30 s of notice: hear of it soon.
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "2")
     # A worker's imports take 15 s on an idle machine, and more than Ray Train's minute on a busy one.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     try:

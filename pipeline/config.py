@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import jsonargparse
 
 from pipeline.errors import InputError
+from pipeline.interruption import InterruptedRunError
 
 ConfigT = TypeVar("ConfigT")
 
@@ -53,6 +54,9 @@ def run_job(main: Callable[[ConfigT], object], config_class: type[ConfigT]) -> N
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except InterruptedRunError as error:
+        print(f"interrupted: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -79,14 +79,17 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def cosine_schedule(
     *, peak_lr: float, min_lr: float, warmup_steps: int, total_steps: int
-) -> Callable[[int], float]:
+) -> Callable[[float], float]:
     """Learning rate as a function of the step: 0 up to the peak, inclusive, then half a cosine down.
+
+    The step is a place in the epochs, epoch + position / samples, in units of steps: a fraction where the batch
+    size was changed on the way.
 
     The reference's numbers: the first step has rate 0, the peak occurs twice, the last step lies one step
     short of `min_lr`.
     """
 
-    def lr(step: int) -> float:
+    def lr(step: float) -> float:
         if step < warmup_steps:
             return peak_lr * step / max(warmup_steps - 1, 1)
         progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)

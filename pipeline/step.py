@@ -34,6 +34,14 @@ class RunningMeans:
             term = value.double() * weight
             self._sums[name] = self._sums[name] + term if name in self._sums else term
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What this rank has counted since the last `take`."""
+        return dict(self._sums)
+
+    def load_state_dict(self, sums: Mapping[str, Tensor]) -> None:
+        """Go on counting from there."""
+        self._sums = {name: value.to(self._device) for name, value in sums.items()}
+
     def take(self, worker: Worker) -> dict[str, float]:
         """Means since the last call, over all ranks, which must all call; empties itself."""
         names = sorted(self._sums)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from pipeline.interruption import Interruption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +18,8 @@ class Worker:
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
+    interruption: Interruption = field(default_factory=Interruption)
+    """Asked when the process or node is about to end: save, and say so."""
 
     @property
     def is_main(self) -> bool:
@@ -48,12 +52,19 @@ class Worker:
         dist.all_gather(rows, padded)
         return torch.cat([row[: int(c)] for row, c in zip(rows, counts, strict=True)])
 
+    def agree(self, decision: bool) -> bool:
+        """Rank 0's decision, on every rank."""
+        if self.world_size == 1:
+            return decision
+        return bool(self.broadcast(torch.tensor([decision], dtype=torch.int32, device=self.device)))
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
 
 
-def local_worker() -> Worker:
+def local_worker(interruption: Interruption) -> Worker:
     """The only worker of a run in this process, on a GPU where there is one."""
-    return Worker(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Worker(device=device, interruption=interruption)

@@ -6,9 +6,10 @@ Codes come with the crops from token shards, or are made on the way from image s
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +57,11 @@ class PretrainConfig:
     """Where the backbone goes: a folder or any fsspec URL."""
     shards: str | None = None
     """Token shards, the output of precompute_shards."""
+    codes: str | None = None
+    """A code layer of the token shards, named by the first 8 digits of its tokenizer; null takes their own."""
+    stored_views: int | None = None
+    """Reads the first so many of the stored views; null takes those that are there when the run begins, and
+    keeps to them."""
     images: str | None = None
     """Online mode: image shards, the output of prepare_images."""
     tokenizer: str | None = None
@@ -83,7 +89,9 @@ class PretrainConfig:
     decode_threads: int = 2
     """Threads per worker that decode."""
     checkpoint_every_s: float = 600.0
-    """Seconds between checkpoints; one is also written at the end of each epoch."""
+    """Seconds between checkpoints; one is also written at the end of each epoch, and on SIGTERM."""
+    checkpoint_keep: int = 2
+    """How many of the newest checkpoints stay, beside the best."""
     log_every_steps: int = 10
     """Steps between records in metrics.jsonl."""
     cluster: ClusterConfig = ClusterConfig()
@@ -95,6 +103,8 @@ class PretrainConfig:
         online = self.images is not None or self.tokenizer is not None
         if (self.shards is None) != online or (online and None in (self.images, self.tokenizer)):
             raise InputError("give either --shards (precomputed codes), or --images and --tokenizer (online)")
+        if online and (self.codes, self.stored_views) != (None, None):
+            raise InputError("--codes and --stored_views choose among stored codes and views; give --shards")
 
 
 PLACES = (
@@ -106,6 +116,7 @@ PLACES = (
     "micro_batch_size",
     "decode_threads",
     "checkpoint_every_s",
+    "checkpoint_keep",
     "log_every_steps",
 )
 """Settings that do not decide the result."""
@@ -129,18 +140,35 @@ def pretrain_mim(config: PretrainConfig) -> None:
     """Pretrain, or finish pretraining, the backbone at `config.output`."""
     config = storage.absolute_places(config, "output", "shards", "images", "tokenizer")
     output = config.output
-    source = open_source(config)
+    if config.shards is not None:
+        # Views that are added later are not for this run, also when it is resumed (FORMAT.md, Views).
+        held = config.stored_views or _views_begun_with(output)
+        source = open_source(replace(config, stored_views=held))
+        config = replace(config, stored_views=source.dataset.num_views)
+    else:
+        source = open_source(config)
     # Built here once already: what does not fit is refused before anything is written.
     _model(config, source)
     _reader(config, source, Worker()).close()
-    claim(output, {"job": "pretrain_mim", "config": identity(config, PLACES), "inputs": source.inputs})
-    if read_header(output, ARTIFACT) is not None:
+    finished = read_header(output, ARTIFACT) is not None
+    run = {"job": "pretrain_mim", "config": identity(config, PLACES), "inputs": source.inputs}
+    claim(output, run, may_change=("config.batch_size",), finished=finished)
+    if finished:
         print(f"{output} is finished already, with the same settings and inputs: nothing to do", flush=True)
         return
     run_training(_train, config, config.cluster)
     header = read_backbone_header(output)
     figures = ", ".join(f"{name} {value:.4g}" for name, value in header["run"]["metrics"].items())
     print(f"backbone {header['fingerprint'][:12]} at {output}: {figures}", flush=True)
+
+
+def _views_begun_with(output: str) -> int | None:
+    """How many stored views the run that began there reads; None where none did."""
+    try:
+        run = json.loads(storage.read(storage.join(output, "run.json")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return run["config"].get("stored_views")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +192,7 @@ class Source:
 def open_source(config: PretrainConfig, device: torch.device | str = "cpu") -> Source:
     """Token shards, or image shards with a tokenizer on `device`."""
     if config.shards is not None:
-        dataset = open_dataset(config.shards, "tokens")
+        dataset = open_dataset(config.shards, "tokens", views=config.stored_views, codes=config.codes)
         tokenizer = dataset.manifest.tokenizer
         assert tokenizer is not None
         inputs = {"shards": dataset.fingerprint, "tokenizer": tokenizer["fingerprint"]}
@@ -201,14 +229,17 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
     num_masked = config.mask.resolve(source.grid).num_masked
 
     # Resume.
-    checkpoints = CheckpointStore(output)
+    checkpoints = CheckpointStore(output, keep=config.checkpoint_keep)
     state, metrics = TrainState(), dict[str, float]()
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
     if (found := checkpoints.latest()) is not None:
         state, tensors = found
         model.load_state_dict(tensors["model"])
         optimizer.load_state_dict(tensors["optimizer"])
         scaler.load_state_dict(tensors["scaler"])
         metrics = tensors["metrics"]
+        if worker.is_main:
+            sums += tensors["sums"].to(device)
     replica: nn.Module = model
     if worker.world_size > 1:
         replica = DistributedDataParallel(model, broadcast_buffers=False)
@@ -227,23 +258,27 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
             flush=True,
         )
 
-    def checkpoint(epoch: int, position: int) -> None:
+    def checkpoint(epoch: int, position: int, *, wait: bool = False) -> None:
         tensors = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "metrics": metrics,
+            "sums": sums,
         }
         if log is not None:
             log.flush()
-        checkpoints.save(TrainState(epoch=epoch, position=position, step=step), tensors)
+        place = TrainState(epoch=epoch, position=position, step=step)
+        # Scored where an epoch ends, so that the best one is the best of epochs.
+        score = metrics.get("loss_total") if position == 0 else None
+        checkpoints.save(place, tensors, score=score, wait=wait)
 
     step, saved = state.step, time.monotonic()
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
     model.train()
     for epoch in range(state.epoch, config.epochs):
         for samples in reader.batches(epoch, state.position if epoch == state.epoch else 0):
-            set_lr(optimizer, lr(step))
+            place = epoch * steps_per_epoch + samples.position / config.batch_size
+            set_lr(optimizer, lr(place))
             # Stochastic depth is a function of the position too, so a resumed run drops the same branches.
             torch.manual_seed(hash((config.seed, epoch, samples.position, worker.rank)))
             share = samples.pixels.shape[0]
@@ -263,18 +298,24 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
-            if step % config.log_every_steps == 0 or step % steps_per_epoch == 0:
+            last_of_epoch = samples.next_position + config.batch_size > reader.num_samples
+            if step % config.log_every_steps == 0 or last_of_epoch:
                 figures = mim_figures(worker.sum(sums), aggregated=model.cls_pt_layers is not None)
                 sums = torch.zeros_like(sums)
                 metrics = {name: value for name, value in asdict(figures).items() if value is not None}
                 require_finite(metrics, step, samples.keys)
                 if log is not None:
-                    log.log(step, {**metrics, "lr": lr(step - 1), "grad_norm": float(grad_norm)})
+                    log.log(step, {**metrics, "lr": lr(place), "grad_norm": float(grad_norm)})
+                # Here the sums are empty on every rank, so a resumed run's records are those of a straight one.
+                due = time.monotonic() - saved > config.checkpoint_every_s
+                if worker.is_main and due and not last_of_epoch:
+                    checkpoint(epoch, samples.next_position)
+                    saved = time.monotonic()
             if progress is not None:
                 progress.update(samples.global_size, epoch=epoch + 1, **metrics)
-            if worker.is_main and time.monotonic() - saved > config.checkpoint_every_s:
-                checkpoint(epoch, samples.next_position)
-                saved = time.monotonic()
+            if worker.is_main and worker.interruption.asked:
+                checkpoint(epoch, samples.next_position, wait=True)
+                worker.interruption.saved()
         if worker.is_main:
             checkpoint(epoch + 1, 0)
             saved = time.monotonic()

@@ -17,8 +17,14 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+    from tests.chaos.proxy import FaultProxy
 
 # Before anything imports torch: tiny tensors on a shared machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,6 +47,14 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several test processes, one of them takes all tests that share the cluster, and begins at once."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +91,34 @@ def shared_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def published_state(shared_dir: Path) -> Callable[..., dict[str, torch.Tensor]]:
+    """`published_state("vqkd_…")`: random tensors with the keys and types of a published file.
+
+    Its shapes too, except that with `shrink` widths, code numbers and the teacher's dimension are 32 times
+    smaller: the same file of a model that fits into a test.
+    """
+    import json
+
+    import torch
+
+    def make(inventory: str, *, shrink: bool = True, seed: int = 0) -> dict[str, torch.Tensor]:
+        path = shared_dir / "reference" / f"keys_{inventory}.json"
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for key, entry in json.loads(path.read_text())["keys"].items():
+            shape = entry["shape"]
+            if shrink:
+                shape = [size // 32 if size >= 512 and size % 32 == 0 else size for size in shape]
+            if entry["dtype"] == "float32":
+                tensors[key] = torch.rand(shape, generator=generator) + 0.1
+            else:
+                tensors[key] = torch.randint(0, 9, shape, generator=generator)
+        return tensors
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """One moto server per test session, in a process of its own."""
     port = _free_port()
@@ -93,6 +135,25 @@ def s3_url(s3_server: S3Server, tmp_path: Path) -> str:
     """The URL of a bucket nobody used before."""
     # tmp_path numbers the test, so the name is unique in the session; buckets allow [a-z0-9-] only.
     return s3_server.new_bucket("test-" + "".join(c for c in tmp_path.name.lower() if c.isalnum())[-50:])
+
+
+@pytest.fixture
+def fault_proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A proxy that this test's requests to the S3 server go through, without faults until some are set.
+
+    Storage has little patience meanwhile: 2 s for an answer, 20 s in all.
+    """
+    from pipeline import storage
+    from tests.chaos.proxy import FaultProxy
+
+    with FaultProxy(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        monkeypatch.setattr(storage, "_clients", {})
+        patience = storage.Patience(
+            connect_s=2, answer_s=2, request_s=10, retry_s=20, first_wait_s=0.02, longest_wait_s=0.2
+        )
+        monkeypatch.setattr(storage, "PATIENCE", patience)
+        yield proxy
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,9 @@ class TokenizerTrainConfig:
     decode_threads: int = 2
     """Threads per worker that decode and crop."""
     checkpoint_every_s: float = 600.0
-    """Seconds between checkpoints; one is also written at the end of each epoch."""
+    """Seconds between checkpoints; one is also written at the end of each epoch, and on SIGTERM."""
+    checkpoint_keep: int = 2
+    """How many of the newest checkpoints stay, beside the best."""
     log_every_steps: int = 10
     """Steps between records in metrics.jsonl."""
     cluster: ClusterConfig = ClusterConfig()
@@ -101,6 +103,7 @@ PLACES = (
     "micro_batch_size",
     "decode_threads",
     "checkpoint_every_s",
+    "checkpoint_keep",
     "log_every_steps",
 )
 """Settings that do not decide the result."""
@@ -118,8 +121,10 @@ def train_tokenizer(config: TokenizerTrainConfig) -> None:
     # Built here once already: a teacher that does not load or fit is refused before anything is written.
     inputs["teacher"] = _teacher(config, torch.device("cpu")).fingerprint
     _reader(config, images, Worker()).close()
-    claim(output, {"job": "train_tokenizer", "config": identity(config, PLACES), "inputs": inputs})
-    if read_header(output, "tokenizer") is not None:
+    finished = read_header(output, "tokenizer") is not None
+    run = {"job": "train_tokenizer", "config": identity(config, PLACES), "inputs": inputs}
+    claim(output, run, may_change=("config.batch_size",), finished=finished)
+    if finished:
         print(f"{output} is finished already, with the same settings and inputs: nothing to do", flush=True)
         return
     run_training(_train, config, config.cluster)
@@ -155,14 +160,18 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
     )
 
     # Resume, or start the codebook from the first batches.
-    checkpoints = CheckpointStore(output)
-    state, metrics = TrainState(), dict[str, float]()
+    checkpoints = CheckpointStore(output, keep=config.checkpoint_keep)
+    state, figures, metrics = TrainState(), dict[str, float](), dict[str, float]()
+    means, usage = RunningMeans(device), CodeUsage(config.model.codebook_size, device)
     if (found := checkpoints.latest()) is not None:
         state, tensors = found
         model.load_state_dict(tensors["model"])
         optimizer.load_state_dict(tensors["optimizer"])
         scaler.load_state_dict(tensors["scaler"])
-        metrics = tensors["metrics"]
+        figures, metrics = tensors["figures"], tensors["metrics"]
+        if worker.is_main:
+            means.load_state_dict(tensors["means"])
+            usage.counts += tensors["usage"].to(device)
     elif model.quantize.needs_kmeans:
         model.eval()
         with autocast(device, dtype):
@@ -186,25 +195,29 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
             flush=True,
         )
 
-    def checkpoint(epoch: int, position: int) -> None:
+    def checkpoint(epoch: int, position: int, chosen: CodeUsage, *, wait: bool = False) -> None:
         tensors = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "metrics": metrics,
+            "figures": figures,
+            "means": means.state_dict(),
+            "usage": chosen.counts,
         }
         if log is not None:
             log.flush()
-        checkpoints.save(TrainState(epoch=epoch, position=position, step=step), tensors)
+        # Scored where an epoch ends: there the figures are of these weights.
+        score = metrics.get("val_loss", metrics["train_rec_loss"]) if position == 0 else None
+        place = TrainState(epoch=epoch, position=position, step=step)
+        checkpoints.save(place, tensors, score=score, wait=wait)
 
     step, saved = state.step, time.monotonic()
-    figures: dict[str, float] = {}
-    means = RunningMeans(device)
     for epoch in range(state.epoch, config.epochs):
         model.train()
-        usage = CodeUsage(config.model.codebook_size, device)
         for batch in reader.batches(epoch, state.position if epoch == state.epoch else 0):
-            set_lr(optimizer, lr(step))
+            place = epoch * steps_per_epoch + batch.position / config.batch_size
+            set_lr(optimizer, lr(place))
             statistics: list[CodeStatistics] = []
             tokens: list[Tensor] = []
             share = batch.pixels.shape[0]
@@ -236,19 +249,27 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
                 )
             step += 1
 
-            if step % config.log_every_steps == 0 or step % steps_per_epoch == 0:
+            last_of_epoch = batch.next_position + config.batch_size > reader.num_samples
+            if step % config.log_every_steps == 0 or last_of_epoch:
                 figures = means.take(worker)
                 require_finite(figures, step, batch.keys)
                 model.quantize.check_equal_on_all_ranks(worker)
                 if log is not None:
-                    log.log(step, {**figures, "lr": lr(step - 1), "grad_norm": float(grad_norm)})
+                    log.log(step, {**figures, "lr": lr(place), "grad_norm": float(grad_norm)})
+                # Here the means are empty on every rank, so a resumed run's records are those of a straight one.
+                due = worker.agree(time.monotonic() - saved > config.checkpoint_every_s)
+                if due and not last_of_epoch:
+                    chosen = usage.gather(worker)
+                    if worker.is_main:
+                        checkpoint(epoch, batch.next_position, chosen)
+                    saved = time.monotonic()
             if progress is not None:
                 progress.update(batch.global_size, epoch=epoch + 1, **figures)
-            if worker.is_main and time.monotonic() - saved > config.checkpoint_every_s:
-                checkpoint(epoch, batch.next_position)
-                saved = time.monotonic()
+            if worker.is_main and worker.interruption.asked:
+                checkpoint(epoch, batch.next_position, usage, wait=True)
+                worker.interruption.saved()
 
-        chosen = usage.gather(worker)
+        chosen, usage = usage.gather(worker), CodeUsage(config.model.codebook_size, device)
         metrics = {
             "train_rec_loss": figures.get("rec_loss", math.nan),
             "train_codebook_usage": chosen.used_fraction,
@@ -263,7 +284,7 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
             log.log(step, {"epoch": epoch + 1, **metrics}, split="epoch")
             shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
             print(f"epoch {epoch + 1}/{config.epochs}: {shown}", flush=True)
-            checkpoint(epoch + 1, 0)
+            checkpoint(epoch + 1, 0, usage)
             saved = time.monotonic()
 
     reader.close()

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +15,13 @@ import torch
 from pipeline.checkpoints import CheckpointStore
 from pipeline.cluster import ClusterConfig
 from pipeline.errors import InputError
+from pipeline.interruption import InterruptedRunError
 from pipeline.metrics import read_metrics
-from pipeline.optim import OptimConfig
+from pipeline.optim import OptimConfig, set_lr
 from pretrain.backbone import BackboneSize, load_backbone, read_backbone_header
 from pretrain.mim import MIMConfig, PatchAggregationConfig, load_mim
 from pretrain.train import PretrainConfig, pretrain_mim
+from shards.reader import SampleBatch, ShardReader
 
 if TYPE_CHECKING:
     from tests.conftest import RayHead
@@ -37,6 +41,8 @@ def make_config(token_shards: str) -> Make:
         checkpoint_every_s: float = 600.0,
         cluster: ClusterConfig | None = None,
         epochs: int = 3,
+        batch_size: int = 8,
+        log_every_steps: int = 1,
     ) -> PretrainConfig:
         return PretrainConfig(
             output=str(output),
@@ -45,9 +51,9 @@ def make_config(token_shards: str) -> Make:
             mim=MIMConfig(patch_aggregation=PatchAggregationConfig(layer=layer, head_depth=1)),
             optim=OptimConfig(peak_lr=3e-3, warmup_epochs=0.5),
             epochs=epochs,
-            batch_size=8,
+            batch_size=batch_size,
             micro_batch_size=micro_batch_size,
-            log_every_steps=1,
+            log_every_steps=log_every_steps,
             checkpoint_every_s=checkpoint_every_s,
             cluster=cluster or ClusterConfig(num_workers=0),
         )
@@ -119,8 +125,9 @@ def test_killed_run_resumes_to_the_same_weights_and_curve(
     config = make_config(tmp_path / "out", checkpoint_every_s=0.0)
     save, saves = CheckpointStore.save, []
 
-    def save_and_die(self: CheckpointStore, state: object, tensors: dict[str, object]) -> None:
-        save(self, state, tensors)  # type: ignore[arg-type]
+    def save_and_die(self: CheckpointStore, state: object, tensors: dict[str, object], **how: object) -> None:
+        save(self, state, tensors, **how)  # type: ignore[arg-type]
+        self.wait()
         saves.append(state)
         if len(saves) == 7:
             raise _Killed
@@ -133,6 +140,67 @@ def test_killed_run_resumes_to_the_same_weights_and_curve(
     straight, resumed = _weights(backbone_url), _weights(tmp_path / "out")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     assert _train_records(backbone_url) == _train_records(tmp_path / "out")
+
+
+@pytest.mark.parametrize("log_every_steps", [1, 3])
+def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every_steps: int
+) -> None:
+    pretrain_mim(make_config(tmp_path / "straight", log_every_steps=log_every_steps))
+    for at_step in (4, 5, 11):  # inside a window of log_every_steps, and at the end of an epoch
+        output = tmp_path / f"stopped-{at_step}"
+        config = make_config(output, log_every_steps=log_every_steps)
+        seen = 0
+
+        def step_and_ask(*args: object) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == at_step:  # noqa: B023
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("pretrain.train.set_lr", lambda *args: (set_lr(*args), step_and_ask())[0])
+            with pytest.raises(InterruptedRunError):
+                pretrain_mim(config)
+        found = CheckpointStore(str(output)).latest()
+        assert found is not None and found[0].step == at_step
+        pretrain_mim(config)
+        straight, resumed = _weights(tmp_path / "straight"), _weights(output)
+        assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+        assert read_metrics(str(tmp_path / "straight")) == read_metrics(str(output))
+
+
+def test_another_batch_size_goes_on_at_the_next_unseen_sample(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed after two steps of 8 of the 40 samples; the rest of the epoch is taken in batches of 4."""
+    batches: list[SampleBatch] = []
+    read = ShardReader.batches
+
+    def watched(self: ShardReader, epoch: int, position: int = 0) -> Iterator[SampleBatch]:
+        for batch in read(self, epoch, position):
+            batches.append(batch)
+            yield batch
+            if len(batches) == 2:
+                raise _Killed
+
+    monkeypatch.setattr(ShardReader, "batches", watched)
+    save = CheckpointStore.save
+    with monkeypatch.context() as patch, pytest.raises(_Killed):
+        patch.setattr(CheckpointStore, "save", lambda *args, **how: save(*args, **{**how, "wait": True}))
+        pretrain_mim(make_config(tmp_path / "out", checkpoint_every_s=0.0, epochs=1))
+    pretrain_mim(make_config(tmp_path / "out", batch_size=4, epochs=1))
+    assert [batch.position for batch in batches] == [0, 8, 16, 20, 24, 28, 32, 36]
+    seen = [key for batch in batches for key in batch.keys]
+    assert len(seen) == len(set(seen)) == 40
+    assert "config.batch_size: there 8, asked 4" in capsys.readouterr().out
+    # The rate is a function of the place in the epochs, not of the steps taken.
+    rates = {r["step"]: r["lr"] for r in _train_records(tmp_path / "out")}
+    pretrain_mim(make_config(tmp_path / "straight", epochs=1))
+    straight = {r["step"]: r["lr"] for r in _train_records(tmp_path / "straight")}
+    assert rates[3] == pytest.approx(straight[3]) and rates[3] > rates[5] > rates[8]
+    with pytest.raises(InputError, match="there 8, asked 4"):
+        pretrain_mim(make_config(tmp_path / "out", batch_size=4, epochs=1))
 
 
 def test_finished_run_is_left_alone_and_another_is_refused(

@@ -75,8 +75,9 @@ def test_killed_run_resumes_from_its_checkpoint_to_the_same_weights(
     config = tokenizer_config(tmp_path / "out", checkpoint_every_s=0.0)
     save, saves = CheckpointStore.save, []
 
-    def save_and_die(self: CheckpointStore, state: object, tensors: dict[str, object]) -> None:
-        save(self, state, tensors)  # type: ignore[arg-type]
+    def save_and_die(self: CheckpointStore, state: object, tensors: dict[str, object], **how: object) -> None:
+        save(self, state, tensors, **how)  # type: ignore[arg-type]
+        self.wait()
         saves.append(state)
         if len(saves) == 3:
             raise _Killed
