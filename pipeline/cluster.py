@@ -246,19 +246,31 @@ def run_training(train: Callable[[Any, Worker], None], config: Any, cluster: Clu
             failure_config=FailureConfig(max_failures=cluster.max_failures),
         ),
     )
-    try:
-        with on_sigterm(stop.ask_and_wait):
-            trainer.fit()
-    except InterruptedRunError:
-        raise
-    except Exception as error:
+    fit: Future[object] = Future()
+    # In a thread: an exception of a signal handler would be lost inside Ray's wait.
+    threading.Thread(target=_settle, args=(fit, trainer.fit), name="fit", daemon=True).start()
+    asked = threading.Event()
+    with on_sigterm(asked.set):
+        while not wait([fit], timeout=0.2).done:
+            if asked.is_set():
+                stop.ask_and_wait()
+    error = fit.exception()
+    if error is not None:
         failures = getattr(error, "worker_failures", None)
         if not failures:
-            raise
+            raise error
         rank, cause = _first_to_fail({rank: _cause(failure) for rank, failure in failures.items()})
         if isinstance(cause, InputError):
             raise cause from None
         raise WorkerFailedError(f"training worker {rank} failed: {cause!r}") from error
+
+
+def _settle(future: Future[object], function: Callable[[], object]) -> None:
+    """Run a function and give its outcome to a future."""
+    try:
+        future.set_result(function())
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def _train_on_worker(settings: dict[str, Any]) -> None:
@@ -286,7 +298,7 @@ class _StopKey:
     name: str
 
     def ask_and_wait(self) -> None:
-        """In the driver, on SIGTERM: have the workers save, wait for the first that has, and end the run."""
+        """In the driver, after SIGTERM: have the workers save, wait until one has, and end the run."""
         print("SIGTERM: the workers save and the run ends", flush=True)
         self.say("stop")
         given_up = time.monotonic() + SAVE_WITHIN_S

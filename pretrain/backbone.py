@@ -161,8 +161,12 @@ class RelativePositionBias(nn.Module):
 
     def forward(self) -> Tensor:
         """Bias [1, H, T, T] for the attention logits, contiguous: fused kernels want a unit last stride."""
-        bias = self.relative_position_bias_table[self.relative_position_index]
-        return bias.permute(2, 0, 1).unsqueeze(0).contiguous()
+        return gather_bias(self.relative_position_bias_table, self.relative_position_index)
+
+
+def gather_bias(table: Tensor, index: Tensor) -> Tensor:
+    """Bias [1, H, T, T] from a table [R, H] and the row of each pair of tokens, index [T, T]; contiguous."""
+    return table[index].permute(2, 0, 1).unsqueeze(0).contiguous()
 
 
 def num_displacements(grid: tuple[int, int]) -> int:
@@ -256,11 +260,16 @@ class Backbone(nn.Module):
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images [B, 3, S, S] or [B, S, S, 3] -> float32 [B, 3, S, S], as in its training."""
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(f"expected a batch of uint8 images, got {images.dtype} {tuple(images.shape)}")
-        if images.shape[1] != 3:
-            images = images.permute(0, 3, 1, 2)
-        return (images.float() / 255.0 - self.pixel_mean) / self.pixel_std
+        return normalize_images(images, self.pixel_mean, self.pixel_std)
+
+
+def normalize_images(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 [B, 3, S, S] or [B, S, S, 3] -> float32 [B, 3, S, S]; mean and std [1, 3, 1, 1] in [0, 1]."""
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"expected a batch of uint8 images, got {images.dtype} {tuple(images.shape)}")
+    if images.shape[1] != 3:
+        images = images.permute(0, 3, 1, 2)
+    return (images.float() / 255.0 - mean) / std
 
 
 def init_trunc_normal(tensor: Tensor) -> None:

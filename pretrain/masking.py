@@ -134,6 +134,8 @@ def draw_block_masks(positions: np.ndarray, spec: MaskSpec, *, seed: int, epoch:
 
     All proposals of one block are drawn and measured together for every image that still has room, which is
     the scalar procedure with its inner loop unrolled: a refused proposal changes nothing.
+    DEVIATION: counter-based draws where the reference's workers use Python's and numpy's generators, so the
+    masks are others of the same distribution, and do not depend on workers or on where a run resumed.
     """
     streams = _streams(np.asarray(positions), seed=seed, epoch=epoch)
     num_images = len(streams)

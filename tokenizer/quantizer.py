@@ -205,7 +205,8 @@ class Codebook(nn.Module):
         super().__init__()
         weight = l2_normalize(torch.randn(codebook_size, code_dim))
         if wait_for_kmeans:
-            # Not zeros: a loop that forgets k-means gets a NaN loss at once, not a codebook of one code.
+            # DEVIATION: not the reference's zeros. A loop that forgets k-means gets a NaN loss at once, not a
+            # codebook of one code.
             weight = torch.full_like(weight, torch.nan)
         self.register_buffer("weight", weight)
         self.register_buffer("initted", torch.tensor([0.0 if wait_for_kmeans else 1.0]))
@@ -275,6 +276,7 @@ class NormEMAQuantizer(nn.Module):
         `statistics` is the sum over this rank's micro-batches since the last call; all ranks call together
         and hold the same codebook afterwards. As in the reference this is an average of normalised batch
         centroids at one rate, however many tokens chose the code, not VQ-VAE's average of sums and counts.
+        DEVIATION: one process is enough; the reference trains under torch.distributed only.
         """
         packed = worker.sum(torch.cat([statistics.sums, statistics.counts[:, None]], dim=1))
         total = CodeStatistics(sums=packed[:, :-1], counts=packed[:, -1])

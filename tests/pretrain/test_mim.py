@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
+from jobs.reference_fixtures import Checks, find_fixtures, relative_difference
+from jobs.reference_vit import check_mim
 from pipeline.errors import InputError
 from pretrain.backbone import BackboneConfig
 from pretrain.mim import (
@@ -25,7 +27,6 @@ from pretrain.mim import (
 
 CONFIG = BackboneConfig(image_size=24, patch_size=4, width=32, depth=4, heads=4)
 NUM_CODES = 16
-FIXTURES = ["cls_shared", "plain"]
 
 
 def build(
@@ -51,126 +52,16 @@ def batch(size: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------ reference
 
 
-class Fixture:
-    """One `mim_tiny_*` fixture: sizes are read off its tensors; only the early layer stands nowhere in it."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.init = load_file(folder / f"mim_tiny_{name}_init.safetensors")
-        self.index = self.init.pop("rel_pos_bias.relative_position_index")
-        self.gradients = load_file(folder / f"mim_tiny_{name}_grads.safetensors")
-        self.after = load_file(folder / f"mim_tiny_{name}_after3.safetensors")
-        self.meta = json.loads((folder / f"mim_tiny_{name}_meta.json").read_text())
-        with np.load(folder / f"mim_tiny_{name}_io.npz") as arrays:
-            self.io = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-
-    def model(self) -> MIM:
-        width, _, patch_size, _ = self.init["patch_embed.proj.weight"].shape
-        config = BackboneConfig(
-            image_size=self.io["images"].shape[-1],
-            patch_size=patch_size,
-            width=width,
-            depth=1 + max(int(key.split(".")[1]) for key in self.init if key.startswith("blocks.")),
-            heads=self.init["rel_pos_bias.relative_position_bias_table"].shape[1],
-        )
-        head_depth = len({key.split(".")[1] for key in self.init if key.startswith("cls_pt_layers.")})
-        aggregation = PatchAggregationConfig(
-            layer=3 if head_depth else None,
-            head_depth=max(head_depth, 1),
-            share_mim_head="cls_pt_lm_head.weight" not in self.init,
-        )
-        model = MIM(config, MIMConfig(patch_aggregation=aggregation), self.init["lm_head.weight"].shape[0])
-        assert torch.equal(model.rel_pos_bias.relative_position_index, self.index)
-        model.load_state_dict(self.init)
-        return model
-
-
-@pytest.fixture(params=FIXTURES)
-def reference(shared_dir: Path, request: pytest.FixtureRequest) -> Fixture:
-    folder = shared_dir / "reference" / "fixtures"
-    if not (folder / f"mim_tiny_{request.param}_io.npz").exists():
-        pytest.skip(f"no mim_tiny_{request.param} fixture in {folder}")
-    return Fixture(folder, request.param)
-
-
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    """max |a - b| / max |b|."""
-    assert ours.shape == theirs.shape
-    return float((ours.detach() - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
-
-
-def test_forward_is_the_references(reference: Fixture):
-    model, io = reference.model(), reference.io
-    normed: list[Tensor] = []
-    handle = model.lm_head.register_forward_pre_hook(lambda _, inputs: normed.append(inputs[0]))
-    everywhere = torch.arange(io["mask"].numel())
-    model(io["images"], io["mask"], everywhere)
-    handle.remove()
-    for branch, features in enumerate(normed, start=1):
-        expected = io[f"patch_features{branch}"]
-        assert difference(features.view_as(expected), expected) < 1e-5
-
-    output = model(io["images"], io["mask"])
-    loss = mim_loss(output, io["tokens"])
-    assert torch.equal(io["tokens"].flatten()[output.masked], io["labels"])
-    assert difference(output.logits, io["logits1_masked"]) < 1e-5
-    assert difference(loss.loss / loss.num_masked, io["loss1"]) < 1e-5
-    assert loss.correct / loss.num_masked == pytest.approx(float(io["acc1"]))
-    if "logits2_masked" in io:
-        assert len(normed) == 2
-        assert difference(output.logits_cls, io["logits2_masked"]) < 1e-5
-        assert difference(loss.loss_cls / loss.num_masked, io["loss2"]) < 1e-5
-        assert loss.correct_cls / loss.num_masked == pytest.approx(float(io["acc2"]))
-    else:
-        assert output.logits_cls is None and float(loss.loss_cls) == 0.0
-    assert difference(loss.objective(loss.num_masked), io["total_loss"]) < 1e-5
-    figures = mim_figures(loss.sums(), aggregated=output.logits_cls is not None)
-    assert figures.loss_total == pytest.approx(float(io["total_loss"]), rel=1e-5)
-
-
-def test_gradients_are_the_references(reference: Fixture):
-    model, io = reference.model(), reference.io
-    loss = mim_loss(model(io["images"], io["mask"]), io["tokens"])
-    loss.objective(loss.num_masked).backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert gradients.keys() == reference.gradients.keys()
-    for name, gradient in gradients.items():
-        assert gradient is not None and difference(gradient, reference.gradients[name]) < 1e-4, name
-
-
-def test_three_clipped_steps_are_the_references(reference: Fixture):
-    """AdamW (0.9, 0.999), decay 0.05 in the reference's groups; entries with no gradient to speak of
-    are left out.
-
-    Adam divides by the gradient's size, so where that is noise the sign of the step is noise too.
-    """
-    model, io, meta = reference.model(), reference.io, reference.meta
-    undecayed = {name for name, p in model.named_parameters() if p.ndim <= 1 or name == "cls_token"}
-    parameters = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for name, p in parameters.items() if name in undecayed], "weight_decay": 0.0},
-            {"params": [p for name, p in parameters.items() if name not in undecayed], "weight_decay": 0.05},
-        ],
-        betas=(0.9, 0.999),
-    )
-    for lr, expected in zip(meta["lrs"], meta["three_steps"], strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.zero_grad()
-        loss = mim_loss(model(io["images"], io["mask"]), io["tokens"])
-        total = loss.objective(loss.num_masked)
-        total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), meta["clip"])
-        assert total.item() == pytest.approx(expected["total"], rel=1e-5)
-        assert norm.item() == pytest.approx(expected["grad_norm"], rel=1e-4)
-        optimizer.step()
-    excluded = 0
-    for name, parameter in parameters.items():
-        counts = reference.gradients[name].abs() >= 1e-7
-        excluded += int((~counts).sum())
-        after = reference.after[name]
-        assert difference(torch.where(counts, parameter.detach(), after), after) < 1e-3, name
-    assert excluded < 0.03 * sum(parameter.numel() for parameter in parameters.values())
+@pytest.mark.parametrize("stem", ["mim_tiny_cls_shared", "mim_tiny_plain"])
+def test_every_quantity_is_the_references(shared_dir: Path, stem: str):
+    """Features, logits, losses of both heads, gradients, three clipped steps: see jobs/reference_vit.py."""
+    folder = str(shared_dir / "reference" / "fixtures")
+    fixtures, _ = find_fixtures(folder, os.listdir(folder))
+    [fixture] = [fixture for fixture in fixtures if fixture.stem == stem]
+    checks = Checks()
+    check_mim(fixture, checks)
+    assert len(checks.done) == (11 if stem == "mim_tiny_plain" else 15)
+    assert [check for check in checks.done if not check.passed] == []
 
 
 def test_parameter_groups_are_the_references(shared_dir: Path, monkeypatch):
@@ -395,7 +286,7 @@ def test_bf16_autocast_stays_close_and_keeps_the_residual_in_fp32():
         assert model.embed(pixels, mask).dtype == torch.float32
         assert model.blocks[0](model.embed(pixels), model.rel_pos_bias()).dtype == torch.float32
     assert rough.logits.dtype == torch.bfloat16
-    assert difference(rough.logits.float(), exact.logits.detach()) < 0.05
+    assert relative_difference(rough.logits.float(), exact.logits) < 0.05
 
 
 def test_some_steps_lower_the_loss_of_both_heads():

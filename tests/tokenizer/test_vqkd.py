@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from jobs.reference_fixtures import Checks, find_fixtures
+from jobs.reference_vqkd import check_vqkd
 from pipeline.errors import InputError
-from pipeline.optim import OptimConfig, build_optimizer, set_lr
+from pipeline.optim import OptimConfig, build_optimizer
 from pipeline.worker import Worker
-from tokenizer.quantizer import l2_normalize, sum_statistics
+from tokenizer.quantizer import sum_statistics
 from tokenizer.vqkd import (
     VQKD,
     CodebookStart,
@@ -29,13 +30,6 @@ from tokenizer.vqkd import (
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = Worker()
-FORWARD = {"atol": 1e-5, "rtol": 1e-5}
-GRADIENT = {"atol": 1e-4, "rtol": 1e-4}
-
-TINY = VQKDConfig(
-    image_size=64, patch_size=16, width=64, depth=2, heads=4, decoder_depth=1, codebook_size=64, code_dim=32
-)
-"""The fixtures' sizes."""
 
 UNUSED_IN_REFERENCE = {"quantize.embedding.cluster_size", "quantize.embedding.embed_avg"}
 
@@ -51,135 +45,15 @@ def small_model(seed: int = 0, **settings: object) -> VQKD:
 # ------------------------------------------------------------------------------------------------ reference
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One fixture of the reference implementation, run at tiny size."""
-
-    io: dict[str, Tensor]
-    evaluation: dict[str, Tensor]
-    init: dict[str, Tensor]
-    gradients: dict[str, Tensor]
-    after: dict[str, Tensor]
-    meta: dict
-
-    def model(self) -> VQKD:
-        """Our model in the fixture's initial state."""
-        model = VQKD(TINY, 512)
-        names = set(model.state_dict())
-        assert names == {name for name in self.init if not name.startswith(("teacher", "scaling"))} - (
-            UNUSED_IN_REFERENCE
-        )
-        model.load_state_dict({name: self.init[name] for name in names})
-        return model.train()
-
-    def start_codebook_(self, model: VQKD, pixels: Tensor) -> None:
-        """K-means from the tokens that the reference drew at random; nothing if it has run."""
-        if model.quantize.needs_kmeans:
-            tokens = model.encode_features(pixels).detach().flatten(0, 1)
-            start = l2_normalize(tokens)[self.meta["randperm_first"]]
-            assert model.quantize.kmeans_init_(tokens, ALONE, start=start) == len(tokens)
-
-
-@pytest.fixture(scope="module", params=["randcode", "kmeans"])
-def case(request: pytest.FixtureRequest, shared_dir: Path) -> Case:
-    stem = str(shared_dir / "reference" / "fixtures" / f"vqkd_tiny_{request.param}")
-
-    def arrays(name: str) -> dict[str, Tensor]:
-        with np.load(f"{stem}_{name}.npz") as found:
-            return {key: torch.from_numpy(found[key]) for key in found.files}
-
-    return Case(
-        io=arrays("train_io"),
-        evaluation=arrays("eval_io"),
-        init=load_file(f"{stem}_init.safetensors"),
-        gradients=load_file(f"{stem}_grads.safetensors"),
-        after=load_file(f"{stem}_after3.safetensors"),
-        meta=json.loads(Path(f"{stem}_meta.json").read_text()),
-    )
-
-
-def clip_target(case: Case, images: Tensor) -> Tensor:
-    """The fixture's teacher, a CLIP tower of width 64 with one head, on images in [0, 1]."""
-    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-    from open_clip.transformer import QuickGELU, VisionTransformer
-
-    from tokenizer.teacher import ClipTokens
-
-    visual = VisionTransformer(64, 16, 64, 2, 1, 4.0, output_dim=512, act_layer=QuickGELU)
-    prefix = "teacher_model.visual."
-    visual.load_state_dict({n.removeprefix(prefix): t for n, t in case.init.items() if n.startswith(prefix)})
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
-    with torch.no_grad():
-        return ClipTokens(visual.eval())((images - mean) / std)
-
-
-def test_every_intermediate_value_of_the_reference(case: Case):
-    model, io = case.model(), case.io
-    pixels = io["preprocessed"]
-    torch.testing.assert_close(io["images"] * 255.0 / 127.5 - 1.0, pixels, **FORWARD)
-    torch.testing.assert_close(model.encoder(pixels), io["encoder_features"], **FORWARD)
-    features = model.encode_features(pixels)
-    torch.testing.assert_close(features, io["to_quantizer"], **FORWARD)
-    torch.testing.assert_close(l2_normalize(features), io["z_l2"], **FORWARD)
-    case.start_codebook_(model, pixels)
-    quantized = model.quantize(features)
-    assert torch.equal(quantized.codes, io["codes"])
-    grid = quantized.quantized.transpose(1, 2).unflatten(2, (4, 4))
-    torch.testing.assert_close(grid, io["quantized_bchw"], **FORWARD)
-    torch.testing.assert_close(model.decode(quantized.quantized), io["rec"], **FORWARD)
-    out = model(pixels, io["target"])
-    torch.testing.assert_close(out.emb_loss, io["emb_loss"], **FORWARD)
-    torch.testing.assert_close(out.rec_loss, io["rec_loss"], **FORWARD)
-    torch.testing.assert_close(out.loss, io["total_loss"], **FORWARD)
-    assert torch.equal(model.encode(pixels), out.codes)
-
-
-def test_gradients_of_the_reference(case: Case):
-    model = case.model()
-    case.start_codebook_(model, case.io["preprocessed"])
-    model(case.io["preprocessed"], case.io["target"]).loss.backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert found.keys() == case.gradients.keys()
-    for name, gradient in case.gradients.items():
-        # Relative to each tensor's norm: many gradients are far below the absolute tolerance.
-        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
-        torch.testing.assert_close(found[name], gradient, **GRADIENT)
-
-
-def test_codebook_after_one_step_and_evaluation_after_it(case: Case):
-    model, io = case.model(), case.io
-    case.start_codebook_(model, io["preprocessed"])
-    model.quantize.update_(sum_statistics([model(io["preprocessed"], io["target"]).statistics]), ALONE)
-    torch.testing.assert_close(model.quantize.codebook, io["codebook_after"], **FORWARD)
-    torch.testing.assert_close(model.quantize.cluster_size, io["usage_cluster_size_after"], **FORWARD)
-    if "randperm_first" not in case.meta:
-        model = case.model()  # there the reference evaluated its initial state
-    out = model.eval()(io["preprocessed"], io["target"])
-    assert torch.equal(out.codes, case.evaluation["codes"])
-    for name, value in (("emb_loss", out.emb_loss), ("rec_loss", out.rec_loss), ("total_loss", out.loss)):
-        torch.testing.assert_close(value, case.evaluation[name], **FORWARD)
-
-
-def test_three_training_steps_of_the_reference(case: Case):
-    model = case.model()
-    optimizer = build_optimizer(model, OptimConfig(weight_decay=1e-4, betas=(0.9, 0.99)), 8)
-    for step, lr in zip(case.meta["three_steps"], case.meta["lrs"], strict=True):
-        images = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(step["image_seed"]))
-        pixels = images * 2.0 - 1.0
-        case.start_codebook_(model, pixels)
-        out = model(pixels, clip_target(case, images))
-        optimizer.zero_grad()
-        out.loss.backward()
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        set_lr(optimizer, lr)
-        optimizer.step()
-        model.quantize.update_(sum_statistics([out.statistics]), ALONE)
-        assert out.loss.item() == pytest.approx(step["total"], abs=1e-5)
-        assert out.emb_loss.item() == pytest.approx(step["quant"], abs=1e-5)
-        assert out.rec_loss.item() == pytest.approx(step["rec"], abs=1e-5)
-        assert grad_norm.item() == pytest.approx(step["grad_norm"], rel=1e-4)
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, case.after[name], **FORWARD)
+@pytest.mark.parametrize("stem", ["vqkd_tiny_randcode", "vqkd_tiny_kmeans"])
+def test_every_quantity_is_the_references(shared_dir: Path, stem: str):
+    """Intermediates, losses, gradients, codebook, evaluation, three steps: see jobs/reference_vqkd.py."""
+    folder = str(shared_dir / "reference" / "fixtures")
+    fixtures, _ = find_fixtures(folder, os.listdir(folder))
+    [fixture] = [fixture for fixture in fixtures if fixture.stem == stem]
+    checks = Checks()
+    check_vqkd(fixture, checks)
+    assert len(checks.done) == 30 and [check for check in checks.done if not check.passed] == []
 
 
 @pytest.mark.parametrize(("depth", "teacher", "dim"), [(3, "clip", 512), (1, "clip", 512), (1, "dino", 768)])
@@ -193,6 +67,19 @@ def test_names_and_shapes_are_the_published_ones(shared_dir: Path, depth: int, t
     assert found == {name: published[name]["shape"] for name in found}
     trained = {name for name, key in published.items() if key["requires_grad"]}
     assert {name for name, _ in ours.named_parameters()} == trained
+
+
+def test_parameter_groups_are_the_references(shared_dir: Path):
+    groups = json.loads((shared_dir / "reference" / "param_groups.json").read_text())["vqkd_base_3x768"]
+    with torch.device("meta"):
+        model = VQKD(VQKDConfig(), 512)
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=1e-4), 128)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ours = {
+        group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups
+    }
+    assert ours == {group["weight_decay"]: set(group["params"]) for group in groups}
+    assert {decay: len(members) for decay, members in ours.items()} == {0.0: 149, 1e-4: 66}
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -277,15 +164,25 @@ def test_the_codebook_start_takes_as_many_batches_as_it_needs():
             yield torch.rand(images, 3, 16, 16)
 
     # 4 x 16 codes = 64 tokens = 4 images of 16 patches.
-    assert model.start_codebook_(batches(10, 3), ALONE, seed=0) == CodebookStart(tokens=96, wanted=64)
+    start = model.start_codebook_(batches(10, 3), ALONE, seed=0)
+    assert start == CodebookStart(tokens=96, wanted=64, batches=2) and start.enough
     assert seen == [0, 1] and not model.quantize.needs_kmeans
+    assert "96 tokens, gathered over 2 batches because one has too few" in str(start)
+
+
+def test_a_start_with_fewer_tokens_than_codes_gathers_more_batches():
+    """One image is 16 tokens for 40 codes; after ten images there are four tokens for each."""
+    model = small_model(codebook_size=40)
+    start = model.start_codebook_(torch.rand(30, 1, 3, 16, 16), ALONE, seed=0)
+    assert start == CodebookStart(tokens=160, wanted=160, batches=10)
+    assert len({tuple(row) for row in model.quantize.codebook.tolist()}) == 40
 
 
 def test_a_start_from_too_few_tokens_is_said():
     few = small_model().start_codebook_([torch.rand(1, 3, 16, 16)], ALONE, seed=0)
-    assert few == CodebookStart(tokens=16, wanted=64) and not few.enough
+    assert few == CodebookStart(tokens=16, wanted=64, batches=1) and not few.enough
     assert "16 tokens; 64 were wanted" in str(few)
-    assert "wanted" not in str(CodebookStart(tokens=64, wanted=64))
+    assert "wanted" not in str(CodebookStart(tokens=64, wanted=64, batches=1))
 
 
 TWO_RANKS = """
@@ -310,6 +207,7 @@ start = model.start_codebook_(iter([first]), worker, seed=5)
 replica = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
 usage = CodeUsage(16)
+codebooks = [model.quantize.codebook.clone()]
 for pixels, target in zip(given["pixels"], given["target"]):
     out = replica(pixels[mine], target[mine])
     optimizer.zero_grad()
@@ -317,6 +215,7 @@ for pixels, target in zip(given["pixels"], given["target"]):
     optimizer.step()
     model.quantize.update_(sum_statistics([out.statistics]), worker)
     usage.add(out.codes)
+    codebooks.append(model.quantize.codebook.clone())
 model.quantize.check_equal_on_all_ranks(worker)
 state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 moved = model.quantize.restart_dead_(out.features.flatten(0, 1), worker, steps=1, seed=1)
@@ -332,7 +231,7 @@ if world > 1:
         complaint = str(error)
 torch.save(
     {"state": state, "tokens": start.tokens, "moved": moved, "restarted": restarted,
-     "counts": usage.gather(worker).counts, "complaint": complaint},
+     "counts": usage.gather(worker).counts, "codebooks": torch.stack(codebooks), "complaint": complaint},
     f"{folder}/rank-{rank}-of-{world}.pt",
 )
 if world > 1:
@@ -368,6 +267,8 @@ def test_two_ranks_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     names = ("0-of-2", "1-of-2", "0-of-1")
     zero, one, alone = (torch.load(tmp_path / f"rank-{name}.pt", weights_only=True) for name in names)
     assert zero["tokens"] == one["tokens"] == alone["tokens"] == 12 * 16
+    assert len(zero["codebooks"]) == 4 and zero["codebooks"].isfinite().all()
+    assert torch.equal(zero["codebooks"], one["codebooks"])  # from the start on, after every step
     for name, tensor in alone["state"].items():
         assert torch.equal(zero["state"][name], one["state"][name]), name
         torch.testing.assert_close(zero["state"][name], tensor, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,124 @@
+"""Hold this code against runs of the reference implementation, and say how far each quantity is from it.
+
+python -m jobs.check_reference --fixtures ../shared/reference/fixtures [--json]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.reference_fixtures import Check, Checks, FixtureError, find_fixtures, read_arrays
+from jobs.reference_tables import POSITIONS_FILE, SCHEDULES_FILE, check_position_tables, check_schedules
+from jobs.reference_vit import check_finetune, check_mim
+from jobs.reference_vqkd import check_vqkd
+from pipeline import storage
+from pipeline.config import run_job
+from pipeline.errors import InputError
+
+MISFITS = (FixtureError, InputError, RuntimeError, ValueError, TypeError, LookupError)
+"""What arrays that do not fit together, or numbers that are none, raise in numpy, torch and our models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckReferenceConfig:
+    """Compare VQ-KD, MIM, fine-tuning model, schedules and position tables with the reference's own numbers.
+
+    fp32 on CPU; per tensor max|a - b| / max|b|: 1e-5 forward, 1e-4 gradients, 1e-3 weights after three
+    optimizer steps; codes equal. Sizes are read off the fixtures. Ends with status 1 if anything differs.
+    """
+
+    fixtures: str
+    """Folder or URL with vqkd_tiny_*, mim_tiny_*, finetune_tiny*, lr_schedules.npz, relpos_interp.npz."""
+    json: bool = False
+    """Print one JSON document instead of lines."""
+
+
+def main(config: CheckReferenceConfig) -> None:
+    """Check whatever is there; SystemExit 1 if a quantity differs, is missing, or cannot be read."""
+    checks = check_folder(storage.absolute(config.fixtures))
+    print(json.dumps(as_json(checks)) if config.json else as_text(checks))
+    if not all(check.passed for check in checks.done):
+        sys.exit(1)
+
+
+def check_folder(folder: str) -> Checks:
+    """Every fixture of a folder, in order of names. InputError when it holds none."""
+    names = [file.url.removeprefix(folder).strip("/") for file in storage.list_files(folder)]
+    fixtures, others = find_fixtures(folder, names)
+    tables = {SCHEDULES_FILE: check_schedules, POSITIONS_FILE: check_position_tables}
+    found_tables = [name for name in others if name in tables]
+    if not fixtures and not found_tables:
+        raise InputError(
+            f"{folder} holds no fixtures ({len(names)} files); give a folder with vqkd_tiny_*, mim_tiny_*, "
+            f"finetune_tiny*, {SCHEDULES_FILE} or {POSITIONS_FILE}"
+        )
+    checks = Checks()
+    kinds = {"vqkd_tiny": check_vqkd, "mim_tiny": check_mim, "finetune_tiny": check_finetune}
+    for fixture in fixtures:
+        checks.group = fixture.stem
+        if fixture.missing:
+            for name in fixture.missing:
+                checks.fail(name, "the file is missing")
+            continue
+        try:
+            kinds[fixture.kind](fixture, checks)
+        except MISFITS as error:
+            checks.fail("the fixture as a whole", _one_line(error))
+    for name in found_tables:
+        checks.group = name.removesuffix(".npz")
+        try:
+            tables[name](read_arrays(storage.join(folder, name)), checks)
+        except MISFITS as error:
+            checks.fail("the file as a whole", _one_line(error))
+    checks.group = ""
+    checks.leave(name for name in others if name not in tables)
+    return checks
+
+
+def as_text(checks: Checks) -> str:
+    """One line per quantity, then what was left alone, then the count."""
+    width = max(len(check.name) for check in checks.done)
+    lines = [_line(check, width) for check in checks.done]
+    lines += [f"left alone: {what}" for what in checks.left_alone]
+    failed = sum(not check.passed for check in checks.done)
+    lines.append(f"{len(checks.done) - failed} passed, {failed} failed")
+    return "\n".join(lines)
+
+
+def as_json(checks: Checks) -> dict[str, Any]:
+    """The same as one JSON object; a difference that is no number is null."""
+    return {
+        "passed": all(check.passed for check in checks.done),
+        "checks": [
+            {
+                "name": check.name,
+                "difference": check.difference if math.isfinite(check.difference) else None,
+                "tolerance": check.tolerance,
+                "passed": check.passed,
+                "note": check.note,
+            }
+            for check in checks.done
+        ],
+        "left_alone": checks.left_alone,
+    }
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FixtureError | InputError) else f"{type(error).__name__}: {text}"
+
+
+def _line(check: Check, width: int) -> str:
+    difference = f"{check.difference:.1e}" if math.isfinite(check.difference) else "-"
+    verdict = "PASS" if check.passed else "FAIL"
+    tolerance = f"{check.tolerance:.0e}" if check.tolerance else "0"
+    note = f"  ({check.note})" if check.note else ""
+    return f"{check.name:{width}}  {difference:>7}  tolerance {tolerance:5}  {verdict}{note}"
+
+
+if __name__ == "__main__":
+    run_job(main, CheckReferenceConfig)
