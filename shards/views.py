@@ -146,13 +146,13 @@ def view_at(policy: ViewPolicy, sample_id: int, index: int, *, height: int, widt
     )
 
 
-def center_view(policy: ViewPolicy, *, height: int, width: int) -> View:
-    """The evaluation view, index 0: the centred square of 0.875 x the shorter side.
+def center_view(policy: ViewPolicy, *, height: int, width: int, fraction: float = CENTER_FRACTION) -> View:
+    """The evaluation view, index 0: the centred square of `fraction` x the shorter side.
 
     DEVIATION: Resize(256) and CenterCrop(224) in one resize of a box of whole pixels; the same region to
     within a pixel, at every image size.
     """
-    side = max(1, round(CENTER_FRACTION * min(height, width)))
+    side = max(1, round(fraction * min(height, width)))
     crop = CropBox(top=(height - side) // 2, left=(width - side) // 2, height=side, width=side)
     return View(index=0, crop=crop, hflip=False, jitter=None, image_size=policy.side)
 
