@@ -63,6 +63,7 @@ def main(config: BenchmarkConfig) -> None:
         threads = os.cpu_count() or 1
 
         passes, yardsticks = [], []
+        crops = np.empty((0, 0, 0, 3), np.uint8)
         for number in range(config.rounds):
             tokens = os.path.join(folder, f"tokens-{number}")
             began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Training checkpoints on any storage: written beside the training, published whole, newest complete one wins.
+"""Training checkpoints on any storage: written beside the training, published whole, newest one wins.
 
 A checkpoint is one file of tensors and one small JSON written after it, which names the file by size and
 hash. What is half written has no JSON and is never loaded. No pickled code: `weights_only` on the way in.

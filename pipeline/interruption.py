@@ -43,7 +43,7 @@ class Interruption:
 
 @contextlib.contextmanager
 def on_sigterm(handler: Callable[[], None]) -> Iterator[None]:
-    """Call `handler` when this process gets SIGTERM; outside the main thread, where Python sets none, nothing."""
+    """Call `handler` when this process gets SIGTERM. Python sets handlers in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

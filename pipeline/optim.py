@@ -82,8 +82,8 @@ def cosine_schedule(
 ) -> Callable[[float], float]:
     """Learning rate as a function of the step: 0 up to the peak, inclusive, then half a cosine down.
 
-    The step is a place in the epochs, epoch + position / samples, in units of steps: a fraction where the batch
-    size was changed on the way.
+    The step is a place in the epochs, epoch + position / samples, in units of steps: a fraction where the
+    batch size was changed on the way.
 
     The reference's numbers: the first step has rate 0, the peak occurs twice, the last step lies one step
     short of `min_lr`.

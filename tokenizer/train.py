@@ -10,6 +10,7 @@ import functools
 import math
 import operator
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -212,10 +213,16 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
         place = TrainState(epoch=epoch, position=position, step=step)
         checkpoints.save(place, tensors, score=score, wait=wait)
 
+    def save_if_asked(epoch: int, position: int, chosen: CodeUsage) -> None:
+        if worker.is_main and worker.interruption.asked:
+            checkpoint(epoch, position, chosen, wait=True)
+            worker.interruption.saved()
+
     step, saved = state.step, time.monotonic()
     for epoch in range(state.epoch, config.epochs):
         model.train()
-        for batch in reader.batches(epoch, state.position if epoch == state.epoch else 0):
+        position = state.position if epoch == state.epoch else 0
+        for batch in reader.batches(epoch, position):
             place = epoch * steps_per_epoch + batch.position / config.batch_size
             set_lr(optimizer, lr(place))
             statistics: list[CodeStatistics] = []
@@ -247,27 +254,25 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
                 model.quantize.restart_dead_(
                     torch.cat(tokens), worker, steps=config.model.restart_every, seed=config.seed + step
                 )
-            step += 1
+            step, position = step + 1, batch.next_position
 
-            last_of_epoch = batch.next_position + config.batch_size > reader.num_samples
+            last_of_epoch = position + config.batch_size > reader.num_samples
             if step % config.log_every_steps == 0 or last_of_epoch:
                 figures = means.take(worker)
                 require_finite(figures, step, batch.keys)
                 model.quantize.check_equal_on_all_ranks(worker)
                 if log is not None:
                     log.log(step, {**figures, "lr": lr(place), "grad_norm": float(grad_norm)})
-                # Here the means are empty on every rank, so a resumed run's records are those of a straight one.
+                # Here the means are empty on every rank: a resumed run has the records of a straight one.
                 due = worker.agree(time.monotonic() - saved > config.checkpoint_every_s)
                 if due and not last_of_epoch:
                     chosen = usage.gather(worker)
                     if worker.is_main:
-                        checkpoint(epoch, batch.next_position, chosen)
+                        checkpoint(epoch, position, chosen)
                     saved = time.monotonic()
             if progress is not None:
                 progress.update(batch.global_size, epoch=epoch + 1, **figures)
-            if worker.is_main and worker.interruption.asked:
-                checkpoint(epoch, batch.next_position, usage, wait=True)
-                worker.interruption.saved()
+            save_if_asked(epoch, position, usage)
 
         chosen, usage = usage.gather(worker), CodeUsage(config.model.codebook_size, device)
         metrics = {
@@ -276,9 +281,9 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
             "train_perplexity": chosen.perplexity,
         }
         if val_images is not None:
-            metrics |= {
-                f"val_{k}": v for k, v in validate(model, teacher, config, val_images, worker).items()
-            }
+            save = functools.partial(save_if_asked, epoch, position, chosen)
+            found = validate(model, teacher, config, val_images, worker, save)
+            metrics |= {f"val_{name}": value for name, value in found.items()}
         if worker.is_main:
             assert log is not None
             log.log(step, {"epoch": epoch + 1, **metrics}, split="epoch")
@@ -314,7 +319,12 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
 
 @torch.no_grad()
 def validate(
-    model: VQKD, teacher: Teacher, config: TokenizerTrainConfig, images: Dataset, worker: Worker
+    model: VQKD,
+    teacher: Teacher,
+    config: TokenizerTrainConfig,
+    images: Dataset,
+    worker: Worker,
+    after_batch: Callable[[], None],
 ) -> dict[str, float]:
     """Losses, codebook usage (ever hit, Table 4) and perplexity over centre crops, shared by all ranks."""
     device = worker.device
@@ -332,6 +342,7 @@ def validate(
                 out = model(normalize_pixels(pixels), teacher(pixels))
             usage.add(out.codes)
             figures.add(pixels.shape[0], loss=out.loss, rec_loss=out.rec_loss, emb_loss=out.emb_loss)
+        after_batch()
     reader.close()
     gathered = usage.gather(worker)
     return {

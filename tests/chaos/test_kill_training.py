@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pipeline import storage
+from pipeline.checkpoints import CheckpointStore
 from pipeline.cluster import ClusterConfig
 from pipeline.interruption import InterruptedRunError
 from pipeline.metrics import read_metrics
@@ -219,3 +220,37 @@ def test_two_workers_killed_on_a_cluster_end_with_the_same_bits(
     assert driver.exitcode == 0 and kills >= 1
     assert _result(stage, config.output) == _result(stage, straight.output)
     print(f"{name}: {kills} kills of one of two workers, same bits")
+
+
+@pytest.mark.chaos
+@pytest.mark.ray
+def test_sigterm_to_the_driver_has_its_workers_save(
+    stages: dict[str, Stage], ray_head: RayHead, processes: Any, tmp_path: Path
+) -> None:
+    """`ray job stop` and an ended pod: the only checkpoint in the middle of the epoch is the one it asked for."""
+    stage = stages["backbone"]
+    cluster = ClusterConfig(num_workers=2, address=ray_head.address)
+    config = dataclasses.replace(
+        stage.config, output=str(tmp_path / "out"), epochs=2000, cluster=cluster, checkpoint_every_s=1e9
+    )
+    driver = processes.Process(target=_run, args=(stage.train, config))
+    driver.start()
+    folder = Path(config.output, "checkpoints")
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(driver.pid, signal.SIGTERM)
+    driver.join(60)
+    assert driver.exitcode == 1
+    found = CheckpointStore(config.output).latest()
+    assert found is not None and 0 < found[0].epoch < 2000
+    ended_at = found[0]
+    # The same command goes on from there.
+    driver = processes.Process(target=_run, args=(stage.train, config))
+    driver.start()
+    while max(path.stem for path in folder.glob("*.json")) <= f"step-{ended_at.step:09d}":
+        assert driver.is_alive()
+        time.sleep(0.1)
+    os.kill(driver.pid, signal.SIGTERM)
+    driver.join(60)
+    assert driver.exitcode == 1

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +14,7 @@ import torch
 from pipeline.artifacts import read_header
 from pipeline.checkpoints import CheckpointStore
 from pipeline.errors import InputError
+from pipeline.interruption import InterruptedRunError
 from pipeline.metrics import read_metrics
 from tokenizer.teacher import TeacherConfig
 from tokenizer.train import TokenizerTrainConfig, train_tokenizer
@@ -91,6 +94,29 @@ def test_killed_run_resumes_from_its_checkpoint_to_the_same_weights(
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     steps = [r["step"] for r in read_metrics(str(tmp_path / "out")) if r["split"] == "train"]
     assert steps == list(range(1, 9))
+
+
+def test_sigterm_during_validation_saves_and_goes_on_bit_for_bit(
+    tokenizer_url: str, tokenizer_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizer import train
+
+    def asked_within(*args: object) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*args)  # type: ignore[arg-type]
+
+    validate = train.validate
+    config = tokenizer_config(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "validate", asked_within)
+        with pytest.raises(InterruptedRunError):
+            train_tokenizer(config)
+    found = CheckpointStore(str(tmp_path / "out")).latest()
+    assert found is not None and found[0].epoch == 0 and found[0].step == 4
+    train_tokenizer(config)
+    straight, resumed = _weights(tokenizer_url), _weights(tmp_path / "out")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert read_metrics(tokenizer_url) == read_metrics(str(tmp_path / "out"))
 
 
 @pytest.mark.ray
