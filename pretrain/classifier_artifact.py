@@ -41,7 +41,7 @@ def save_classifier(
     class_names: one per output, in their order, None where they are not known; backbone: what it started
     from (fingerprint, and what its header says of its own inputs); tokenizer: the block of the backbone's
     header; inputs: fingerprints of what it was trained on; run: resolved config and how long it took;
-    metrics: its scores. Raises ValueError for names that do not fit the outputs or values that are not finite.
+    metrics: its scores. Raises ValueError for names that do not fit the outputs, or weights not finite.
     """
     config = dataclasses.asdict(classifier.config)
     if class_names is not None and len(class_names) != classifier.config.num_classes:

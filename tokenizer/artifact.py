@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline import artifacts, storage
 from pipeline.errors import InputError
 from pipeline.optim import Precision, autocast, resolve_precision
+from tokenizer.quantizer import exact_float32, l2_normalize
 from tokenizer.teacher import Teacher, hash_tensors
 from tokenizer.vqkd import VQKD, VQKDConfig, channels_first, normalize_pixels
 
@@ -84,15 +85,16 @@ def save_tokenizer(
     url: str,
     model: VQKD,
     *,
-    teacher: Teacher,
+    teacher: Teacher | Mapping[str, Any],
     metrics: Mapping[str, float],
     inputs: Mapping[str, str],
     run_config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Publish a trained VQ-KD with its decoder; returns the header, which is written last.
 
-    `metrics` holds at least METRICS (a NaN becomes null: not measured); `inputs` the fingerprints of what it
-    was trained on; `run_config` the run's settings. None of them changes the tokenizer's fingerprint.
+    `teacher` is the teacher itself, or its spec where it is not at hand. `metrics` holds at least METRICS (a
+    NaN becomes null: not measured); `inputs` the fingerprints of what it was trained on; `run_config` the
+    run's settings. None of them changes the tokenizer's fingerprint.
     """
     if absent := [name for name in METRICS if name not in metrics]:
         raise ValueError(f"metrics lack {absent}")
@@ -108,7 +110,7 @@ def save_tokenizer(
         "config": dataclasses.asdict(config),
         "target_dim": tensors["decode_task_layer.2.bias"].shape[0],
         "preprocessing": preprocessing(config),
-        "teacher": teacher.spec,
+        "teacher": teacher.spec if isinstance(teacher, Teacher) else dict(teacher),
         "metrics": {name: value if math.isfinite(value) else None for name, value in metrics.items()},
         "inputs": dict(inputs),
         "run_config": None if run_config is None else dict(run_config),
@@ -266,6 +268,25 @@ class VisualTokenizer:
         if self.batch_size is None:
             return self._forward(images)
         return torch.cat([self._padded(block, self.batch_size) for block in images.split(self.batch_size)])
+
+    @torch.no_grad()
+    def code_gaps(self, pixels: Tensor, codes: Tensor) -> Tensor:
+        """By how much given codes, [B, N], miss the best similarity: [B, N] float32, 0 where they are the best.
+
+        `pixels` are as for `encode`. Cosine similarities in float32, so a gap is at most 2.
+        """
+        images = channels_first(pixels, self.image_size)
+        size = self.batch_size or len(images)
+        gaps: list[Tensor] = []
+        for block, given in zip(images.split(size), codes.to(self.device).split(size), strict=True):
+            filled = torch.cat([block, block.new_zeros(size - len(block), *block.shape[1:])])
+            with autocast(self.device, self._dtype):
+                features = self._model.encode_features(normalize_pixels(filled.to(self.device)))
+            with exact_float32(self.device):
+                for feature, code in zip(l2_normalize(features[: len(block)]), given, strict=True):
+                    similarity = feature @ self._model.quantize.codebook.t()
+                    gaps.append(similarity.amax(dim=1) - similarity.gather(1, code[:, None])[:, 0])
+        return torch.stack(gaps)
 
     def _padded(self, images: Tensor, size: int) -> Tensor:
         missing = size - images.shape[0]

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import math
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import artifacts, storage
 from pipeline.errors import InputError
+from pipeline.tensorfile import WRAPPERS, read_tensors
 from tokenizer.hog import Hog
 from tokenizer.vqkd import channels_first
 
@@ -348,27 +345,8 @@ def _no_weights(config: TeacherConfig, error: Exception) -> InputError:
 
 def _read_state_dict(url: str) -> dict[str, Tensor]:
     """Tensors of a .safetensors file, or of a .pt file with nothing but tensors; InputError otherwise."""
-    try:
-        data = storage.read(url)
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"no teacher weights at {url}; check pretrained") from None
-    try:
-        found: Any
-        if url.endswith(".safetensors"):
-            found = safetensors.torch.load(data)
-        else:
-            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(
-            f"{url} is not a plain state dict ({_one_line(error)}); TorchScript and pickled models are not "
-            "read, because they run code: convert to safetensors"
-        ) from None
-    for wrapper in ("state_dict", "model", "module", "teacher"):
-        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
-            found = found[wrapper]
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise InputError(f"{url} is not a state dict of tensors; convert it to safetensors")
-    return {name.removeprefix("module.").removeprefix("backbone."): value for name, value in found.items()}
+    tensors = read_tensors(url, wrappers=(*WRAPPERS, "teacher")).tensors
+    return {name.removeprefix("module.").removeprefix("backbone."): value for name, value in tensors.items()}
 
 
 def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], config: TeacherConfig) -> None:

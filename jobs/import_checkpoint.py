@@ -1,0 +1,159 @@
+"""Published weights as artifacts of this project: tokenizers, pretrained backbones, fine-tuned classifiers.
+
+python -m jobs.import_checkpoint --source vqkd_encoder_base_decoder_3x768x12_clip.pth --output runs/tokenizer
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pipeline import artifacts, storage
+from pipeline.config import identity, run_job
+from pipeline.errors import InputError
+from pipeline.tensorfile import TensorFile, read_tensors
+from pretrain.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, save_backbone
+from pretrain.classifier import Classifier
+from pretrain.classifier_artifact import save_classifier
+from pretrain.mim import MIM, mim_header
+from pretrain.official import backbone_from_official, classifier_from_official, kind_of
+from tokenizer.artifact import METRICS, save_tokenizer
+from tokenizer.official import DROPPED, HEAD_DIM, is_tokenizer, published_teacher, vqkd_from_official
+from tokenizer.vqkd import VQKD
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Read a published checkpoint (.pth or safetensors) and write it as a finished artifact of this project.
+
+    Whether it is a VQ-KD tokenizer, a pretrained backbone or a fine-tuned classifier is recognised from its
+    keys, sizes from its shapes. Nothing in it is executed, and nothing is written unless all of it fits.
+    """
+
+    source: str
+    """Path or URL (https, s3, …) of the file."""
+    output: str
+    """Where the artifact goes: a folder or any fsspec URL."""
+    heads: int | None = None
+    """Attention heads; null reads them off the position tables. A tokenizer has none: null is width / 64."""
+    layer: int | None = None
+    """Block, from 1, the second pretraining head branches from; null: the third from the end (9 of 12)."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Backbones and classifiers: mean per channel, in [0, 1], of the images the model was trained on."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Backbones and classifiers: standard deviation per channel by which images were divided."""
+    class_names: str | None = None
+    """Classifiers: text file, path or URL, with one class name per line in the order of the outputs."""
+
+
+PLACES = ("source", "output", "class_names")
+"""Settings that only say where; what is there is known by its hash or stands in the header."""
+
+
+def main(config: ImportConfig) -> None:
+    """Everything is read and checked before the first byte is written."""
+    source = read_tensors(config.source, drop=DROPPED)
+    output = storage.absolute(config.output)
+    model = _model(source, config)
+    names = _class_names(config, model)
+    inputs = {"checkpoint": source.sha256}
+    run = {"imported_from": source.url, "config": identity(config, PLACES)}
+    artifacts.claim(
+        output, {"job": "import_checkpoint", "inputs": inputs, "config": identity(config, PLACES)}
+    )
+    match model:
+        case VQKD():
+            target_dim = model.state_dict()["decode_task_layer.2.bias"].shape[0]
+            save_tokenizer(
+                output,
+                model,
+                teacher=published_teacher(target_dim),
+                metrics=dict.fromkeys(METRICS, math.nan),
+                inputs=inputs,
+                run_config=run,
+            )
+        case Classifier():
+            save_classifier(output, model, names, inputs=inputs, run=run)
+        case MIM():
+            save_backbone(output, model, mim=mim_header(model), inputs=inputs, run=run)
+        case _:
+            save_backbone(output, model, inputs=inputs, run=run)
+    print(f"{output}: {_described(model, config)}, from {source.url}", flush=True)
+
+
+def _model(source: TensorFile, config: ImportConfig) -> VQKD | Backbone | Classifier:
+    tensors, url = source.tensors, source.url
+    if is_tokenizer(tensors):
+        return vqkd_from_official(tensors, url, heads=config.heads)
+    match kind_of(tensors):
+        case "pretraining":
+            return backbone_from_official(
+                tensors, url, heads=config.heads, layer=config.layer, mean=config.mean, std=config.std
+            )
+        case "classifier":
+            return classifier_from_official(
+                tensors, url, heads=config.heads, mean=config.mean, std=config.std
+            )
+        case None:
+            raise InputError(
+                f"{url}: {_first_name(tensors)} is no key of BEiT v2; is it another model's file?"
+            )
+
+
+def _first_name(tensors: Mapping[str, Tensor]) -> str:
+    return next(iter(tensors), "nothing left, its first key,")
+
+
+def _class_names(config: ImportConfig, model: VQKD | Backbone | Classifier) -> list[str] | None:
+    if config.class_names is None:
+        return None
+    outputs = model.config.num_classes if isinstance(model, Classifier) else 0
+    try:
+        lines = storage.read(config.class_names).decode().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read class_names {config.class_names}: {error}; check the path") from None
+    names = [line.strip() for line in lines if line.strip()]
+    if len(names) != outputs:
+        raise InputError(
+            f"{config.class_names} has {len(names)} class names, but the model {outputs} classes"
+        )
+    return names
+
+
+def _described(model: VQKD | Backbone | Classifier, config: ImportConfig) -> str:
+    """What was recognised, and what of it is a convention because weights do not tell."""
+    given = "" if config.heads is not None else f" (assumed: width / {HEAD_DIM})"
+    if isinstance(model, VQKD):
+        size, decoder = model.config.encoder_size, model.config.decoder_size
+        norms = model.quantize.codebook.norm(dim=1)
+        unusual = (
+            "" if bool((norms - 1.0).abs().max() < 1e-3) else "; warning: its codes are not of unit length"
+        )
+        return (
+            f"tokenizer, encoder {size.width} x {size.depth} with {size.heads} heads{given}, decoder "
+            f"{decoder.width} x {decoder.depth}, {model.config.codebook_size} codes of "
+            f"{model.config.code_dim}, {model.config.image_size} px in patches of "
+            f"{model.config.patch_size}{unusual}"
+        )
+    backbone = model.config.backbone if isinstance(model, Classifier) else model.config
+    sizes = (
+        f"{backbone.width} x {backbone.depth} with {backbone.heads} heads, {backbone.image_size} px in "
+        f"patches of {backbone.patch_size}"
+    )
+    if isinstance(model, Classifier):
+        tables = "" if model.config.relative_positions != "none" else given
+        kind = f"classifier of {model.config.num_classes} classes, {model.config.pooling} pooling"
+        return f"{kind}, {sizes}{tables}"
+    if not isinstance(model, MIM):
+        return f"backbone without pretraining heads, {sizes}"
+    layer = model.mim_config.patch_aggregation.layer
+    branch = " (assumed: the third from the end)" if config.layer is None else ""
+    head = "no second head" if layer is None else f"a second head after block {layer}{branch}"
+    return f"backbone with heads for {model.codebook_size} codes, {head}, {sizes}"
+
+
+if __name__ == "__main__":
+    run_job(main, ImportConfig)
