@@ -1,21 +1,37 @@
 """Between the stages: run the tokenizer once over the images and write token shards.
 
-python -m jobs.precompute_shards --images … --tokenizer … --output … --views.views_per_image 2
+python -m jobs.precompute_shards --images … --tokenizer … --output … --views.views_per_image 2 [--dry_run]
+python -m jobs.precompute_shards --images … --tokenizer … --output … --views.views_per_image 4 --extend
+python -m jobs.precompute_shards --code_layer --tokenizer … --output …
 """
 
 from __future__ import annotations
 
+import json
+
 from pipeline.config import run_job
+from shards.parts import views_in_words
+from tokenizer.dry_run import as_text, dry_run
 from tokenizer.precompute import PrecomputeConfig, precompute_shards
 
 
 def main(config: PrecomputeConfig) -> None:
-    """Write the shards and say what was written."""
+    """Write the shards and say what was written, or what would be."""
+    if config.dry_run:
+        estimate = dry_run(config)
+        print(json.dumps(estimate.to_json(), sort_keys=True) if config.json else as_text(estimate))
+        return
     manifest = precompute_shards(config)
     rejected = sum(manifest.samples_rejected.values())
-    print(
-        f"token shards at {config.output}: {manifest.samples_written:,} crops written, {rejected:,} rejected"
-    )
+    done = f"{manifest.samples_written:,} crops written, {rejected:,} rejected"
+    if config.code_layer:
+        assert manifest.tokenizer is not None
+        layer = manifest.tokenizer["fingerprint"][:8]
+        print(f"code layer {layer} at {config.output}: open it with --codes {layer}, or codes={layer!r}")
+    elif config.extend:
+        print(f"{views_in_words(manifest.first_view, manifest.num_views)} added at {config.output}: {done}")
+    else:
+        print(f"token shards at {config.output}: {done}")
 
 
 if __name__ == "__main__":

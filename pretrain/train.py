@@ -6,7 +6,6 @@ Codes come with the crops from token shards, or are made on the way from image s
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
-from pipeline.artifacts import claim, read_header
+from pipeline.artifacts import claim, claimed_config, read_header
 from pipeline.checkpoints import CheckpointStore, TrainState
 from pipeline.cluster import ClusterConfig, run_training
 from pipeline.config import identity
@@ -38,8 +37,11 @@ from pipeline.worker import Worker
 from pretrain.backbone import ARTIFACT, BackboneSize, read_backbone_header, save_backbone
 from pretrain.masking import MaskConfig, block_masks
 from pretrain.mim import MIM, MIMConfig, masked_patches, mim_figures, mim_header, mim_loss
-from shards.manifest import Dataset, open_dataset
+from shards.corpus import SubsetConfig, open_corpus, split_urls
+from shards.manifest import Dataset
+from shards.node_cache import CacheConfig
 from shards.reader import SampleBatch, ShardReader
+from shards.telemetry import ReaderReports
 from shards.views import ViewPolicy
 from tokenizer.artifact import VisualTokenizer
 
@@ -56,18 +58,20 @@ class PretrainConfig:
     output: str
     """Where the backbone goes: a folder or any fsspec URL."""
     shards: str | None = None
-    """Token shards, the output of precompute_shards."""
+    """Token shards, the output of precompute_shards; or several of the same tokenizer, with commas between."""
     codes: str | None = None
     """A code layer of the token shards, named by the first 8 digits of its tokenizer; null takes their own."""
     stored_views: int | None = None
     """Reads the first so many of the stored views; null takes those that are there when the run begins, and
     keeps to them."""
     images: str | None = None
-    """Online mode: image shards, the output of prepare_images."""
+    """Online mode: image shards, the output of prepare_images; or several, with commas between."""
     tokenizer: str | None = None
     """Online mode: the tokenizer artifact."""
     views: ViewPolicy = ViewPolicy(views_per_image=0)
     """Online mode: crops; views_per_image 0 draws a new one of every image in every epoch."""
+    subset: SubsetConfig = SubsetConfig()
+    """Part of the samples instead of all."""
     backbone: BackboneSize = BackboneSize(drop_path=0.1)
     """The model that is pretrained."""
     mim: MIMConfig = MIMConfig()
@@ -88,6 +92,12 @@ class PretrainConfig:
     """Decides initial weights, order, views and masks."""
     decode_threads: int = 2
     """Threads per worker that decode."""
+    cache: CacheConfig = CacheConfig()
+    """Where shards of a remote store are kept while they are read."""
+    lanes: int | None = None
+    """Lanes of the order; null takes 64, or what the cache has room for when the run begins, and keeps to it."""
+    window: int | None = None
+    """Shards per window of the order; null as with lanes."""
     checkpoint_every_s: float = 600.0
     """Seconds between checkpoints; one is also written at the end of each epoch, and on SIGTERM."""
     checkpoint_keep: int = 2
@@ -115,11 +125,13 @@ PLACES = (
     "cluster",
     "micro_batch_size",
     "decode_threads",
+    "cache",
+    "subset",
     "checkpoint_every_s",
     "checkpoint_keep",
     "log_every_steps",
 )
-"""Settings that do not decide the result."""
+"""Settings that do not decide the result, or whose meaning the fingerprints of the inputs say."""
 
 
 @dataclass(frozen=True)
@@ -138,18 +150,27 @@ class Batch:
 
 def pretrain_mim(config: PretrainConfig) -> None:
     """Pretrain, or finish pretraining, the backbone at `config.output`."""
-    config = storage.absolute_places(config, "output", "shards", "images", "tokenizer")
+    config = storage.absolute_places(config, "output", "tokenizer")
+    if config.shards is not None:
+        config = replace(config, shards=",".join(split_urls(config.shards)))
+    if config.images is not None:
+        config = replace(config, images=",".join(split_urls(config.images)))
     output = config.output
+    begun = claimed_config(output)
     if config.shards is not None:
         # Views that are added later are not for this run, also when it is resumed (FORMAT.md, Views).
-        held = config.stored_views or _views_begun_with(output)
-        source = open_source(replace(config, stored_views=held))
+        source = open_source(replace(config, stored_views=config.stored_views or begun.get("stored_views")))
         config = replace(config, stored_views=source.dataset.num_views)
     else:
         source = open_source(config)
     # Built here once already: what does not fit is refused before anything is written.
     _model(config, source)
-    _reader(config, source, Worker()).close()
+    config = replace(
+        config, lanes=config.lanes or begun.get("lanes"), window=config.window or begun.get("window")
+    )
+    with _reader(config, source, Worker()) as reader:
+        # The order belongs to the run: with another cache it goes on at the next unseen sample too.
+        config = replace(config, lanes=reader.lanes, window=reader.window)
     finished = read_header(output, ARTIFACT) is not None
     run = {"job": "pretrain_mim", "config": identity(config, PLACES), "inputs": source.inputs}
     claim(output, run, may_change=("config.batch_size",), finished=finished)
@@ -160,15 +181,6 @@ def pretrain_mim(config: PretrainConfig) -> None:
     header = read_backbone_header(output)
     figures = ", ".join(f"{name} {value:.4g}" for name, value in header["run"]["metrics"].items())
     print(f"backbone {header['fingerprint'][:12]} at {output}: {figures}", flush=True)
-
-
-def _views_begun_with(output: str) -> int | None:
-    """How many stored views the run that began there reads; None where none did."""
-    try:
-        run = json.loads(storage.read(storage.join(output, "run.json")))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return run["config"].get("stored_views")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,13 +204,15 @@ class Source:
 def open_source(config: PretrainConfig, device: torch.device | str = "cpu") -> Source:
     """Token shards, or image shards with a tokenizer on `device`."""
     if config.shards is not None:
-        dataset = open_dataset(config.shards, "tokens", views=config.stored_views, codes=config.codes)
+        dataset = open_corpus(
+            config.shards, "tokens", views=config.stored_views, codes=config.codes, subset=config.subset
+        )
         tokenizer = dataset.manifest.tokenizer
         assert tokenizer is not None
         inputs = {"shards": dataset.fingerprint, "tokenizer": tokenizer["fingerprint"]}
         return Source(dataset=dataset, tokenizer=tokenizer, online=None, inputs=inputs)
     assert config.images is not None and config.tokenizer is not None
-    dataset = open_dataset(config.images, "images")
+    dataset = open_corpus(config.images, "images", subset=config.subset)
     online = VisualTokenizer.load(config.tokenizer, device=device, precision=config.precision)
     inputs = {"images": dataset.fingerprint, "tokenizer": online.fingerprint}
     return Source(dataset=dataset, tokenizer=online.spec, online=online, inputs=inputs)
@@ -244,6 +258,7 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
     if worker.world_size > 1:
         replica = DistributedDataParallel(model, broadcast_buffers=False)
 
+    begun = reader.begin(state.epoch, state.position)
     log = MetricsLog(output, resume_step=state.step) if worker.is_main else None
     total = config.epochs * steps_per_epoch * config.batch_size
     done = state.epoch * steps_per_epoch * config.batch_size + state.position
@@ -254,8 +269,13 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
             f"{config.batch_size}, {num_masked} of {math.prod(source.grid)} patches masked, "
             f"{'online' if source.online else 'precomputed'} codes, "
             f"lr {config.optim.effective_lr(config.batch_size):.2e}, {worker.world_size} workers, "
-            f"{device}, {dtype}",
+            f"{device}, {dtype}\n{begun}",
             flush=True,
+        )
+    reports = None
+    if worker.is_main:
+        reports = ReaderReports(
+            output, reader.telemetry, num_threads=config.decode_threads, resume_step=state.step
         )
 
     def checkpoint(epoch: int, position: int, *, wait: bool = False) -> None:
@@ -306,7 +326,9 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
                 require_finite(metrics, step, samples.keys)
                 if log is not None:
                     log.log(step, {**metrics, "lr": lr(place), "grad_norm": float(grad_norm)})
-                # Here the sums are empty on every rank, so a resumed run's records are those of a straight one.
+                if reports is not None:
+                    reports.at(step)
+                # Here the sums are empty on every rank: a resumed run has the records of a straight one.
                 due = time.monotonic() - saved > config.checkpoint_every_s
                 if worker.is_main and due and not last_of_epoch:
                     checkpoint(epoch, samples.next_position)
@@ -322,7 +344,8 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
 
     reader.close()
     if worker.is_main:
-        assert log is not None and progress is not None
+        assert log is not None and progress is not None and reports is not None
+        reports.close()
         save_backbone(
             output,
             model,
@@ -386,4 +409,8 @@ def _reader(config: PretrainConfig, source: Source, worker: Worker) -> ShardRead
         # Online crops pass through JPEG as stored ones do: both modes see the same pixels, bit for bit.
         stored_pixels=True,
         num_threads=config.decode_threads,
+        lanes=config.lanes,
+        window=config.window,
+        epochs=config.epochs,
+        cache=config.cache,
     )

@@ -34,12 +34,22 @@ class ForeignTar:
     version: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PixelTar:
+    """The tar of another part of the dataset that a code layer belongs to: relative place, size, sha256."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BuiltShard:
     """The objects of one (view, id range), checked and ready to be committed.
 
-    `tar` is None where the images stay in a foreign tar, `rejects` where nothing was rejected. `rejected`
-    counts by reason. `sample_ids` are those of the index, `rejected_ids` the others, both ascending int64.
+    `tar` is None where the images stay in a foreign tar or, for a code layer, in `pixels`; `rejects` where
+    nothing was rejected. `rejected` counts by reason. `sample_ids` are those of the index, `rejected_ids` the
+    others, both ascending int64.
     """
 
     tar: bytes | None
@@ -53,6 +63,7 @@ class BuiltShard:
     rejected: dict[str, int]
     sample_ids: np.ndarray
     rejected_ids: np.ndarray
+    pixels: PixelTar | None = None
 
 
 def build_shard(

@@ -1,4 +1,4 @@
-"""Stored images of a range of sample ids, in order: what a write pass over an image dataset reads."""
+"""Stored images in order of ids, as the write passes read them: sources of a range, crops of a shard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.errors import InputError
-from shards.manifest import Dataset, ShardInfo, check_foreign_tar, read_shard_index
+from shards.manifest import Dataset, ShardInfo, check_foreign_tar, read_checked, read_shard_index
 
 COLUMNS = ("sample_id", "image_offset", "image_bytes", "image_hash", "source", "label")
 
@@ -35,11 +35,12 @@ def read_images(dataset: Dataset, first_id: int, end_id: int) -> Iterator[ImageS
     first_ids, _ = dataset.id_ranges()
     number = bisect_right(first_ids, first_id) - 1
     while number < dataset.num_shards and first_ids[number] < end_id:
-        yield from _read_shard(dataset.shard(0, number), first_id, end_id)
+        yield from read_rows(dataset.shard(0, number), first_id, end_id)
         number += 1
 
 
-def _read_shard(shard: ShardInfo, first_id: int, end_id: int) -> Iterator[ImageSample]:
+def read_rows(shard: ShardInfo, first_id: int, end_id: int) -> Iterator[ImageSample]:
+    """The images, or crops, of one shard with ids in [first_id, end_id): one request for their bytes."""
     table = read_shard_index(shard, COLUMNS)
     ids = table.column("sample_id").to_numpy()
     rows = table.filter((ids >= first_id) & (ids < end_id)).to_pylist()
@@ -49,7 +50,12 @@ def _read_shard(shard: ShardInfo, first_id: int, end_id: int) -> Iterator[ImageS
         check_foreign_tar(shard)
     start = min(row["image_offset"] for row in rows)
     end = max(row["image_offset"] + row["image_bytes"] for row in rows)
-    block = storage.read(shard.tar, start, end - start)
+    try:
+        block = storage.read(shard.tar, start, end - start)
+    except FileNotFoundError:
+        raise InputError(
+            f"{shard.tar} of shard {shard.name} is missing; copy the dataset again or repair it"
+        ) from None
     for row in rows:
         offset = row["image_offset"] - start
         image = block[offset : offset + row["image_bytes"]]
@@ -59,6 +65,27 @@ def _read_shard(shard: ShardInfo, first_id: int, end_id: int) -> Iterator[ImageS
                 f"({row['source']}); copy the dataset again or repair it"
             )
         yield ImageSample(sample_id=row["sample_id"], image=image, source=row["source"], label=row["label"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredCrop:
+    """One crop of a token dataset, as it is stored, and the tar it lies in."""
+
+    sample_id: int
+    image: bytes
+    tar: str
+
+
+def read_crops(shard: ShardInfo) -> Iterator[StoredCrop]:
+    """The crops of a token shard in the order of its index; the whole tar is read, size and hash checked."""
+    table = read_shard_index(shard, ("sample_id", "image_offset", "image_bytes"))
+    if shard.tar_sha256 is None:
+        raise InputError(f"{shard.tar} was indexed in place: it holds source images, not crops")
+    data = read_checked(shard.tar, shard.tar_bytes, shard.tar_sha256, shard.name)
+    for row in table.to_pylist():
+        start = row["image_offset"]
+        image = data[start : start + row["image_bytes"]]
+        yield StoredCrop(sample_id=row["sample_id"], image=image, tar=shard.tar)
 
 
 def sample_ids(shard: ShardInfo) -> np.ndarray:

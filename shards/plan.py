@@ -66,9 +66,9 @@ class Plan:
         if self.views < 1 or self.first_view < 0 or self.first_view + self.views > MAX_VIEWS:
             raise ValueError(f"views must be within 0 to {MAX_VIEWS - 1}, and at least one")
         tokenizer = self.header.get("tokenizer") or {}
-        if self.kind == "tokens" and not {"fingerprint", "grid", "codebook_size"} <= set(tokenizer):
+        if self.kind != "images" and not {"fingerprint", "grid", "codebook_size"} <= set(tokenizer):
             raise ValueError(
-                "the header of a token plan needs tokenizer.fingerprint, .grid and .codebook_size"
+                f"the header of a {self.kind} plan needs tokenizer.fingerprint, .grid and .codebook_size"
             )
 
     @property

@@ -15,7 +15,8 @@ import numpy as np
 
 from pipeline.errors import InputError
 from shards.index import codes_of
-from shards.manifest import Dataset, Kind, ShardInfo, read_shard_index
+from shards.manifest import Dataset, Kind, ShardInfo
+from shards.parts import Part, PartKind, open_part, parts, views_in_words
 
 LISTED_CODES = 8
 """So many of the most and of the least used codes, and of the dead ones, are listed."""
@@ -65,11 +66,30 @@ class SampleRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PartSummary:
+    """One part of a dataset, finished or not; `place` is relative to it. Counts are 0 until it is finished.
+
+    Bytes are those of its own objects, so a code layer has none of tars.
+    """
+
+    place: str
+    kind: PartKind
+    finished: bool
+    first_view: int | None
+    views: int
+    tokenizer: str | None
+    crops: int
+    tar_bytes: int
+    index_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetSummary:
     """A finished dataset in numbers. Bytes are those of the objects; a tar indexed in place counts once.
 
     `samples` are those of each view; `labelled` counts stored samples of view 0 by label. `samples_in` =
-    `samples_written` + the sum of `samples_rejected`, over all views.
+    `samples_written` + the sum of `samples_rejected`, over all views. `codes` are those of the tokenizer it
+    was opened with, `parts` everything that lies there.
     """
 
     url: str
@@ -92,6 +112,7 @@ class DatasetSummary:
     rejects_bytes: int
     codes: CodeStatistics | None
     example: SampleRow | None
+    parts: tuple[PartSummary, ...]
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -102,7 +123,7 @@ def count_codes(dataset: Dataset, views: Sequence[int] | None = None) -> np.ndar
     counts = np.zeros(_codebook_size(dataset), np.int64)
     for view in range(dataset.num_views) if views is None else views:
         for shard in dataset.shards(view):
-            _add_codes(counts, codes_of(read_shard_index(shard, ("codes",))), shard)
+            _add_codes(counts, codes_of(dataset.read_index(view, shard.number, ("codes",))), shard)
     return counts
 
 
@@ -148,7 +169,7 @@ def summarize(dataset: Dataset) -> DatasetSummary:
                 last_foreign = shard.tar if shard.is_foreign else ""
             index_bytes += shard.index_bytes
             rejects_bytes += shard.rejects_bytes or 0
-            table = read_shard_index(shard, columns)
+            table = dataset.read_index(view, shard.number, columns)
             if tokens:
                 _add_codes(counts, codes_of(table), shard)
             if view == 0:
@@ -176,6 +197,7 @@ def summarize(dataset: Dataset) -> DatasetSummary:
         rejects_bytes=rejects_bytes,
         codes=code_statistics(counts) if tokens else None,
         example=_example(dataset),
+        parts=tuple(_part(dataset.url, part) for part in parts(dataset.url)),
     )
 
 
@@ -190,7 +212,7 @@ def as_text(summary: DatasetSummary) -> str:
         ("dataset", summary.url),
         ("kind", f"{summary.kind}, format version {summary.format_version}"),
         ("fingerprint", summary.fingerprint),
-        *((f"input {name}", value) for name, value in summary.inputs.items()),
+        *(("made from", f"{name} {value}") for name, value in summary.inputs.items()),
         (
             "views",
             f"{summary.views} of {summary.shards_per_view:,} shards each, samples " + _per_view(summary),
@@ -203,6 +225,8 @@ def as_text(summary: DatasetSummary) -> str:
         ("rejects", _size(summary.rejects_bytes, rejected)),
     ]
     lines = [f"{name:<14}{value}" for name, value in facts]
+    if len(summary.parts) > 1:
+        lines += ["", "parts", *(f"  {part.place:<20}{_part_in_words(part)}" for part in summary.parts)]
     if summary.tokenizer is not None:
         lines += ["", *_leaves("tokenizer", summary.tokenizer)]
     lines += ["", *_leaves("recipe", summary.recipe)]
@@ -211,6 +235,19 @@ def as_text(summary: DatasetSummary) -> str:
     if summary.example is not None:
         lines += ["", *_example_in_words(summary.example)]
     return "\n".join(lines)
+
+
+def _part_in_words(part: PartSummary) -> str:
+    if part.first_view is None:
+        return "not begun"
+    what = views_in_words(part.first_view, part.views)
+    if part.kind == "codes":
+        what = f"codes of {what} by tokenizer {(part.tokenizer or '')[:8]}"
+    if not part.finished:
+        return f"{what}, unfinished: readers do not see it"
+    tars = f"{part.tar_bytes:,} bytes of tars, " if part.tar_bytes else ""
+    each = f", {part.index_bytes / part.crops:,.0f} per crop" if part.crops else ""
+    return f"{what}, {part.crops:,} crops, {tars}{part.index_bytes:,} of index{each}"
 
 
 def _per_view(summary: DatasetSummary) -> str:
@@ -301,12 +338,27 @@ def _listed(counts: np.ndarray, codes: np.ndarray) -> tuple[CodeCount, ...]:
     return tuple(CodeCount(code=int(code), patches=int(counts[code])) for code in codes)
 
 
+def _part(root: str, part: Part) -> PartSummary:
+    table = open_part(part) if part.finished else None
+    return PartSummary(
+        place="base" if part.url == root else part.url.removeprefix(f"{root}/"),
+        kind=part.kind,
+        finished=part.finished,
+        first_view=part.first_view,
+        views=part.num_views,
+        tokenizer=part.tokenizer,
+        crops=0 if part.manifest is None else part.manifest.samples_written,
+        tar_bytes=0 if table is None or part.kind == "codes" else table.total("tar_bytes"),
+        index_bytes=0 if table is None else table.total("index_bytes"),
+    )
+
+
 def _example(dataset: Dataset) -> SampleRow | None:
     """The first stored sample; None where nothing was stored."""
     first: ShardInfo | None = next((shard for shard in dataset.shards(0) if shard.samples), None)
     if first is None:
         return None
-    [row] = read_shard_index(first).slice(0, 1).to_pylist()
+    [row] = dataset.read_index(0, first.number).slice(0, 1).to_pylist()
     grid: tuple[tuple[int, ...], ...] | None = None
     if dataset.kind == "tokens":
         grid = tuple(tuple(codes) for codes in np.reshape(row["codes"], dataset.manifest.grid).tolist())

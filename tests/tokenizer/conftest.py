@@ -7,14 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.cluster import ClusterConfig
 from pipeline.optim import OptimConfig
 from shards.prepare import PrepareConfig, prepare_images
 from shards.views import ViewPolicy
+from tokenizer.artifact import METRICS, save_tokenizer
+from tokenizer.teacher import TeacherConfig, build_teacher
 from tokenizer.train import TokenizerTrainConfig, train_tokenizer
-from tokenizer.vqkd import VQKDConfig
+from tokenizer.vqkd import VQKD, VQKDConfig
 
 IN_PROCESS = ClusterConfig(num_workers=0)
 NUM_IMAGES = 40
@@ -89,3 +92,33 @@ def tokenizer_url(
     output = str(tmp_path_factory.mktemp("tokenizer") / "out")
     train_tokenizer(tokenizer_config(output))
     return output
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., str]:
+    """`make_tokenizer(url, image_size=32, patch_size=16, …)`: random weights and 32 codes, in no time."""
+
+    def make(url: Path | str, **model: int) -> str:
+        torch.manual_seed(7)
+        config = VQKDConfig(
+            **{"image_size": 32, "patch_size": 16, **model},  # type: ignore[arg-type]
+            width=32,
+            depth=1,
+            heads=2,
+            decoder_depth=1,
+            codebook_size=32,
+            code_dim=8,
+            kmeans_init=False,
+        )
+        teacher = build_teacher(TeacherConfig(), config.image_size, config.patch_size)
+        unmeasured = {str(name): float("nan") for name in METRICS}
+        save_tokenizer(str(url), VQKD(config, teacher.dim), teacher=teacher, metrics=unmeasured, inputs={})
+        return str(url)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def other_tokenizer_url(make_tokenizer: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tokenizer of 32 codes on a 2 x 2 grid, for the same image size as `tokenizer_url`."""
+    return make_tokenizer(tmp_path_factory.mktemp("other-tokenizer") / "out")
