@@ -13,6 +13,7 @@ rerun, or a second driver started by mistake leaves the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import warnings
 from collections import Counter, deque
@@ -73,7 +74,8 @@ def start(root: str, plan: Plan, *, beside: Sequence[str] = ()) -> Plan:
 
     Raises InputError where another plan is there, naming what differs, and where `root` holds other things
     than those named in `beside` (file names relative to the root), which a caller may put there before.
-    Warns where the store cannot refuse an overwrite: then nothing protects against a second driver.
+    Until the dataset is finished, every start tries to create the plan once more: a store that does not
+    refuse gets a warning, because nothing protects against a second driver there.
     """
     url = storage.join(root, PLAN)
     text = plan.to_bytes()
@@ -88,31 +90,36 @@ def start(root: str, plan: Plan, *, beside: Sequence[str] = ()) -> Plan:
             raise InputError(
                 f"{root} already holds something else ({stranger}); choose another output or empty it"
             )
-    if held is None:
-        if storage.create(url, text):
-            if storage.create(url, text):
-                warnings.warn(
-                    f"the store of {root} cannot refuse an overwrite: let only one driver write there",
-                    stacklevel=2,
-                )
-            return plan
+    if held is None and not storage.create(url, text):
         held = storage.read(url)
-    return _same_plan(root, held, plan)
+    begun = plan if held is None else _same_plan(root, held, plan)
+    # One byte more, so that what is there cannot be taken for this attempt's; the same JSON.
+    if not storage.exists(storage.join(root, MANIFEST)) and storage.create(url, text + b"\n"):
+        storage.put(url, text)
+        storage.warn_one_driver(url)
+    return begun
 
 
 def _first_stranger(root: str, beside: Sequence[str]) -> str | None:
     expected = {storage.join(storage.absolute(root), name) for name in beside}
     files = (found.url for found in storage.list_files(storage.absolute(root)))
-    return next((url for url in files if url not in expected), None)
+    for url in files:
+        # asked by name as well: a store's listing may show what is no longer there
+        if url not in expected and (storage.is_local(url) or storage.exists(url)):
+            return url
+    return None
 
 
 def _same_plan(root: str, held: bytes, plan: Plan) -> Plan:
+    if held == plan.to_bytes():
+        return plan
     try:
         there = json.loads(held)
         there_plan = Plan.from_bytes(held)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(
-            f"{storage.join(root, PLAN)} is not a plan of this format ({error}); choose another output"
+            f"{storage.join(root, PLAN)} is not a plan of this format ({error!r}); choose another output, or "
+            "bring back the plan that was there"
         ) from None
     asked = json.loads(plan.to_bytes())
     ranges = ("first_id", "range_ids", "range_samples")
@@ -173,9 +180,37 @@ def pending(root: str, plan: Plan) -> Iterator[Item]:
     """
     if storage.exists(storage.join(root, MANIFEST)):
         return
-    for item, held in _in_order(lambda item: (item, receipt(root, plan, item)), items(plan)):
+    for item, held in in_order(lambda item: (item, receipt(root, plan, item)), items(plan)):
         if held is None:
             yield item
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Unfinished:
+    """The items without a good receipt, in order, and how many samples they hold.
+
+    `missing` has a byte for each item of the plan, where a list of items would take a hundred.
+    """
+
+    plan: Plan
+    missing: bytearray
+    num_items: int
+    samples: int
+
+    def __len__(self) -> int:
+        return self.num_items
+
+    def __iter__(self) -> Iterator[Item]:
+        return itertools.compress(items(self.plan), self.missing)
+
+
+def unfinished(root: str, plan: Plan) -> Unfinished:
+    """All that `pending` gives, counted before any of it is done."""
+    missing, num_items, samples = bytearray(plan.num_items), 0, 0
+    for item in pending(root, plan):
+        missing[(item.view - plan.first_view) * plan.num_ranges + item.number] = True
+        num_items, samples = num_items + 1, samples + item.samples
+    return Unfinished(plan=plan, missing=missing, num_items=num_items, samples=samples)
 
 
 def commit(root: str, plan: Plan, item: Item, built: BuiltShard) -> Receipt:
@@ -201,6 +236,9 @@ def describe(plan: Plan, item: Item, built: BuiltShard) -> Receipt:
             None,
             built.foreign.version,
         )
+    elif built.pixels is not None:
+        tar, tar_bytes, tar_sha256 = built.pixels.path, built.pixels.bytes, built.pixels.sha256
+        tar_version = None
     else:
         assert built.tar is not None
         tar_bytes, tar_sha256, tar_version = len(built.tar), sha256_hex(built.tar), None
@@ -285,17 +323,36 @@ def _check_belongs(plan: Plan, item: Item, built: BuiltShard) -> None:
 
 
 def _read_receipt(root: str, plan: Plan, item: Item) -> Receipt | None:
-    """None where there is none, or one that is not this item's: what cannot be read vouches for nothing."""
-    data = _read_or_none(receipt_url(root, plan, item))
+    """None where there is none, or one that is not this item's: what cannot be read vouches for nothing.
+
+    Such a one is named in a warning, and the item done again.
+    """
+    url = receipt_url(root, plan, item)
+    data = _read_or_none(url)
     if data is None:
         return None
     try:
         held = Receipt.from_bytes(data)
-    except (ValueError, KeyError, TypeError):
-        return None
+        if _belongs(held, plan, item):
+            return held
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    warnings.warn(f"{url} is not the receipt of {item.name} in this plan; it does not count", stacklevel=2)
+    return None
+
+
+def _belongs(held: Receipt, plan: Plan, item: Item) -> bool:
+    """Whether a receipt is of this item, and its objects have the names that their hashes give them."""
     shard = held.shard
     theirs = (held.plan, shard.view, shard.number, shard.first_id, shard.end_id)
-    return held if theirs == (plan.fingerprint, item.view, item.number, item.first_id, item.end_id) else None
+    own_tar = plan.kind == "tokens" or (plan.kind == "images" and not shard.is_foreign)
+    return (
+        theirs == (plan.fingerprint, item.view, item.number, item.first_id, item.end_id)
+        and shard.index == f"index/{item.name}-{shard.index_sha256[:8]}.parquet"
+        and (not own_tar or shard.tar == f"shards/{item.name}-{(shard.tar_sha256 or '')[:8]}.tar")
+        and shard.rejects
+        == (shard.rejects_sha256 and f"rejects/{item.name}-{shard.rejects_sha256[:8]}.parquet")
+    )
 
 
 def _missing_object(root: str, held: Receipt) -> str | None:
@@ -328,17 +385,25 @@ def finish(root: str, plan: Plan, decode: Decode) -> Manifest:
     if storage.exists(storage.join(root, MANIFEST)):
         return _finished_by(root, plan)
     summary = collect(root, plan)
-    probe: list[ProbeEntry] = []
-    for shard, rows in summary.probed:
-        probe += probe_shard(shard.resolved(root), rows, decode)
+    manifest = manifest_of(plan, summary, probes(root, plan, summary, decode))
+    put_table(root, manifest.table, summary.table)
+    return create_manifest(root, plan, manifest)
+
+
+def probes(root: str, plan: Plan, summary: Summary, decode: Decode) -> list[ProbeEntry]:
+    """The decode probe of a complete pass; a code layer has none, the manifest of its pixels does."""
+    chosen = summary.probed if plan.kind != "codes" else []
+    return [entry for shard, rows in chosen for entry in probe_shard(shard.resolved(root), rows, decode)]
+
+
+def manifest_of(plan: Plan, summary: Summary, probe: Sequence[ProbeEntry]) -> Manifest:
+    """The manifest that follows from a plan and what its pass added up to."""
     table_sha256 = sha256_hex(summary.table)
-    table = TableName(
-        path=f"manifest-{table_sha256[:8]}.parquet", bytes=len(summary.table), sha256=table_sha256
-    )
-    described = json.loads(canonical_json(plan.to_json()))
+    described = {"inputs": plan.inputs, "recipe": plan.recipe, "header": plan.header}
+    described = json.loads(canonical_json(described))
     header = described["header"]
     class_names = header.get("class_names")
-    manifest = Manifest(
+    return Manifest(
         kind=plan.kind,
         plan=plan.fingerprint,
         inputs=described["inputs"],
@@ -353,10 +418,10 @@ def finish(root: str, plan: Plan, decode: Decode) -> Manifest:
         tokenizer=header.get("tokenizer"),
         details=_without(header, ("class_names", "tokenizer")),
         probe=tuple(probe),
-        table=table,
+        table=TableName(
+            path=f"manifest-{table_sha256[:8]}.parquet", bytes=len(summary.table), sha256=table_sha256
+        ),
     )
-    put_table(root, table, summary.table)
-    return create_manifest(root, plan, manifest)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -370,8 +435,9 @@ class Summary:
     probed: list[tuple[ShardInfo, list[int]]]
 
 
-def collect(root: str, plan: Plan) -> Summary:
-    """Read every receipt by its expected name and check the size of every object it names."""
+def collect(root: str, plan: Plan, *, objects: bool = True) -> Summary:
+    """Read every receipt by its expected name and, unless told otherwise, ask for every object it names."""
+    look = receipt if objects else _read_receipt
     writer = TableWriter()
     written = [0] * plan.views
     rejected: Counter[str] = Counter()
@@ -382,7 +448,7 @@ def collect(root: str, plan: Plan) -> Summary:
     foreign = ""
     probe_positions = _probe_positions(plan.num_items)
     for position, (item, held) in enumerate(
-        _in_order(lambda item: (item, receipt(root, plan, item)), items(plan))
+        in_order(lambda item: (item, look(root, plan, item)), items(plan))
     ):
         if held is None:
             num_undone += 1
@@ -394,7 +460,7 @@ def collect(root: str, plan: Plan) -> Summary:
                 f"{item.name}: {shard.samples} written and {sum(held.rejected.values())} rejected, "
                 f"but {item.samples} were read"
             )
-        if shard.is_foreign and shard.tar != foreign:  # ranges of one tar follow each other
+        if objects and shard.is_foreign and shard.tar != foreign:  # ranges of one tar follow each other
             check_foreign_tar(shard)
             foreign = shard.tar
         writer.append(shard)
@@ -449,13 +515,15 @@ def _probe_positions(num_items: int) -> dict[int, list[float]]:
     return places
 
 
-def _in_order(function: Callable[[_In], _Out], values: Iterable[_In]) -> Iterator[_Out]:
+def in_order(
+    function: Callable[[_In], _Out], values: Iterable[_In], num_threads: int = CHECK_THREADS
+) -> Iterator[_Out]:
     """Results in the order of `values`, computed by a few threads that run a little ahead."""
-    with ThreadPoolExecutor(CHECK_THREADS) as pool:
+    with ThreadPoolExecutor(num_threads) as pool:
         ahead: deque[Future[_Out]] = deque()
         for value in values:
             ahead.append(pool.submit(function, value))
-            if len(ahead) > 4 * CHECK_THREADS:
+            if len(ahead) > 4 * num_threads:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()

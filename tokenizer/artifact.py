@@ -271,7 +271,7 @@ class VisualTokenizer:
 
     @torch.no_grad()
     def code_gaps(self, pixels: Tensor, codes: Tensor) -> Tensor:
-        """By how much given codes, [B, N], miss the best similarity: [B, N] float32, 0 where they are the best.
+        """By how much given codes [B, N] miss the best similarity: [B, N] float32, 0 where they are the best.
 
         `pixels` are as for `encode`. Cosine similarities in float32, so a gap is at most 2.
         """

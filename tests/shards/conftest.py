@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from pipeline.cluster import ClusterConfig
 from shards.build import ForeignTar, build_shard
 from shards.commit import Item, Plan, commit, finish, pending, start
-from shards.manifest import Manifest
+from shards.decode import DecodeConfig, Rejected, decode_image, decode_recipe
+from shards.images import ImageSample, read_crops, read_images
+from shards.layers import build_layer_shard, layer_plan
+from shards.manifest import Dataset, Manifest, layer_url, open_dataset, open_table, views_url
+from shards.plan import items
+from shards.prepare import PrepareConfig, prepare_images
+from shards.rebuild import Encoder
 from shards.samples import RejectedSample, StoredSample
-from shards.views import CropBox, Jitter, decode_crop, encode_crop
+from shards.views import CropBox, Jitter, ViewPolicy, decode_crop, encode_crop, render, view_at
 
 GRID = (2, 3)
 CODEBOOK_SIZE = 16
@@ -121,3 +131,153 @@ def small_dataset(make_sample: Callable[..., StoredSample]) -> Callable[..., Sma
 def foreign_tar() -> ForeignTar:
     """The name of a tar that nobody looks at."""
     return ForeignTar(url="s3://elsewhere/images-000.tar", bytes=10_000, version="etag-1")
+
+
+# ------------------------------------------------------------------------------------------ whole datasets
+
+SIDE = 16
+TOKENIZERS = {"base": "f" * 64, "layer": "1a2b3c4d" * 8}
+_DECODE = DecodeConfig(max_pixels=2500)
+"""Of the token datasets: one of the images is larger, and so rejected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """An image dataset, and one of tokens made from it: 2 views, a third one added, and a code layer."""
+
+    source: str
+    images: str
+    tokens: str
+
+    def parts(self) -> list[str]:
+        """Everything that has a manifest in the token dataset."""
+        layer = TOKENIZERS["layer"]
+        added = [layer_url(self.tokens, layer, first) for first in (0, 2)]
+        return [self.tokens, views_url(self.tokens, 2), *added]
+
+
+def fake_codes(pixels: np.ndarray) -> np.ndarray:
+    """Codes of crops, uint8 [..., 16, 16, 3] -> uint16 [..., 4]: the brightness of each quarter."""
+    quarters = pixels.reshape(*pixels.shape[:-3], 2, SIDE // 2, 2, SIDE // 2, 3)
+    return (quarters.mean(axis=(-4, -2, -1)) // 4).astype(np.uint16).reshape(*pixels.shape[:-3], 4)
+
+
+def _tokenizer(fingerprint: str) -> dict[str, object]:
+    return {"fingerprint": fingerprint, "grid": [2, 2], "codebook_size": 64, "image_size": SIDE}
+
+
+def _write_crops(root: str, images: Dataset, first_view: int, views: int, base: str | None) -> None:
+    """A write pass without torch: crop, store, decode what was stored, look at its brightness."""
+    policy = ViewPolicy(image_size=SIDE, scale=(0.3, 1.0), color_jitter=0.3, views_per_image=2, seed=5)
+    first_ids, samples = images.id_ranges()
+    plan = Plan(
+        kind="tokens",
+        inputs={"images": images.fingerprint} | ({} if base is None else {"base": base}),
+        recipe={"views": asdict(policy), "decode": decode_recipe(_DECODE)},
+        first_ids=first_ids,
+        samples=samples,
+        first_view=first_view,
+        views=views,
+        header={"class_names": images.manifest.class_names, "tokenizer": _tokenizer(TOKENIZERS["base"])},
+    )
+
+    def made(image: ImageSample, view: int) -> StoredSample | RejectedSample:
+        try:
+            pixels = decode_image(image.image, _DECODE)
+        except Rejected as error:
+            return RejectedSample(
+                sample_id=image.sample_id, source=image.source, reason=error.reason, message=error.message
+            )
+        height, width = pixels.shape[:2]
+        where = view_at(policy, image.sample_id, view, height=height, width=width)
+        crop = encode_crop(render(pixels, where, policy.interpolation), policy.jpeg_quality)
+        return StoredSample(
+            sample_id=image.sample_id,
+            view=view,
+            image=crop,
+            extension="jpg",
+            source=image.source,
+            source_width=width,
+            source_height=height,
+            label=image.label,
+            crop=where.crop,
+            hflip=where.hflip,
+            jitter=where.jitter,
+            codes=fake_codes(decode_crop(crop)).reshape(2, 2),
+        )
+
+    start(root, plan)
+    for item in items(plan):
+        found = [made(image, item.view) for image in read_images(images, item.first_id, item.end_id)]
+        stored = [one for one in found if isinstance(one, StoredSample)]
+        rejects = [one for one in found if isinstance(one, RejectedSample)]
+        commit(root, plan, item, build_shard(stored, rejects, grid=(2, 2), codebook_size=64))
+    finish(root, plan, decode_crop)
+
+
+def _write_layer(root: str, first_view: int) -> None:
+    """Codes of another tokenizer, which sees everything darker."""
+    pixels = open_table(views_url(root, first_view))
+    plan = layer_plan(pixels, _tokenizer(TOKENIZERS["layer"]), {"encode": {}})
+    place = layer_url(root, TOKENIZERS["layer"], first_view)
+    start(place, plan)
+    for item in items(plan):
+        shard = pixels.shard(item.view - first_view, item.number)
+        crops = list(read_crops(shard))
+        codes = np.array([fake_codes(decode_crop(crop.image)) // 2 for crop in crops], np.uint16)
+        ids = np.array([crop.sample_id for crop in crops], np.int64)
+        built = build_layer_shard(
+            shard, first_view, ids, codes.reshape(len(ids), 4), grid=(2, 2), codebook_size=64
+        )
+        commit(place, plan, item, built)
+    finish(place, plan, decode_crop)
+
+
+@pytest.fixture(scope="session")
+def written_once(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """14 sources in shards of 5; one is no image, one too large for the tokens. Not to be changed."""
+    root = tmp_path_factory.mktemp("written")
+    rng = np.random.default_rng(0)
+    for number in range(14):
+        folder = root / "source" / f"class-{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        side = 64 if number == 5 else 32
+        pixels = rng.integers(0, 256, (side, side + 8, 3), np.uint8) // 4 + 12 * number
+        name = f"{number:02d}.{'png' if number % 3 else 'jpg'}"
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / name)
+    (root / "source" / "class-0" / "00.jpg").write_bytes(b"no image")
+    written = Written(source=str(root / "source"), images=str(root / "images"), tokens=str(root / "tokens"))
+    prepare_images(
+        PrepareConfig(
+            source=written.source,
+            output=written.images,
+            max_shard_samples=5,
+            cluster=ClusterConfig(num_workers=0),
+        )
+    )
+    images = open_dataset(written.images, "images")
+    _write_crops(written.tokens, images, 0, 2, None)
+    base = open_table(written.tokens).manifest.fingerprint
+    _write_crops(views_url(written.tokens, 2), images, 2, 1, base)
+    for first_view in (0, 2):
+        _write_layer(written.tokens, first_view)
+    return written
+
+
+@pytest.fixture
+def encoders() -> dict[str, Encoder]:
+    """What gave the codes: `base` those beside the crops, `layer` those of the code layer."""
+    return {
+        "base": Encoder(fingerprint=TOKENIZERS["base"], encode=fake_codes),
+        "layer": Encoder(fingerprint=TOKENIZERS["layer"], encode=lambda pixels: fake_codes(pixels) // 2),
+    }
+
+
+@pytest.fixture
+def written(written_once: Written, tmp_path: Path) -> Written:
+    """A copy to be damaged; the source is the same, and stays as it is."""
+    for name in ("images", "tokens"):
+        shutil.copytree(getattr(written_once, name), tmp_path / name)
+    return Written(
+        source=written_once.source, images=str(tmp_path / "images"), tokens=str(tmp_path / "tokens")
+    )

@@ -1,0 +1,230 @@
+"""Checks a dataset object by object, its codes against their tokenizer, and brings back what is lost.
+
+python -m jobs.verify_shards --dataset s3://bucket/tokens --sample 0.01
+python -m jobs.verify_shards --dataset s3://bucket/tokens --tokenizer s3://bucket/tokenizer --retokenize 0.001
+python -m jobs.verify_shards --dataset s3://bucket/tokens --repair --images s3://bucket/images
+
+Exit status 0: sound; 1: unsound, a line for each problem; 2: not a dataset, unfinished, or another tokenizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.config import run_job
+from pipeline.errors import InputError
+from shards.commit import RUN_CONFIG
+from shards.manifest import Dataset, open_dataset
+from shards.rebuild import Encoder
+from shards.recover import OpenedPart
+from shards.repair import Repair, repair_dataset
+from shards.verify import Verification, verify_dataset
+
+if TYPE_CHECKING:
+    from tokenizer.retokenize import Retokenized
+
+RETOKENIZE = 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Check every object of a dataset, and of what was added to it: sizes, hashes, rows, images, codes."""
+
+    dataset: str
+    """Folder or URL of image shards or token shards."""
+    sample: float = 1.0
+    """Share of the stored images that are decoded, chosen by sample id, at least one of each shard; all else
+    is always checked."""
+    tokenizer: str | None = None
+    """Tokenizer artifact: crops are decoded and tokenized again, and their codes compared."""
+    retokenize: float | None = None
+    """With tokenizer: the share of crops, at least one of each shard; null is 0.001."""
+    repair: bool = False
+    """Bring back what is lost or damaged, bit for bit, where that can be done."""
+    images: str | None = None
+    """With repair: the image shards that the crops were made from, for pixels that are lost; null takes those
+    that the dataset's config.json names, if they are still there."""
+    use_gpu: bool | None = None
+    """Tokenize on a GPU; null takes one where there is one."""
+    num_threads: int = 4
+    """Shards that are read at the same time; each takes a few times 100 MB of memory."""
+    json: bool = False
+    """Print one JSON document on stdout; progress goes to stderr."""
+
+    def __post_init__(self) -> None:
+        if self.retokenize is not None and self.tokenizer is None:
+            raise InputError("retokenize needs a tokenizer; give --tokenizer, the one that wrote the codes")
+        for name in ("sample", "retokenize"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise InputError(f"{name} is {share}; give a share from 0 to 1")
+        if self.images is not None and not self.repair:
+            raise InputError("images are needed for a repair only; give --repair, or leave --images out")
+        if self.num_threads < 1:
+            raise InputError(f"num_threads is {self.num_threads}; give 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Report:
+    """All that a run found out and did."""
+
+    verification: Verification
+    repairs: tuple[Repair, ...]
+    retokenized: Retokenized | None
+
+    @property
+    def sound(self) -> bool:
+        return self.verification.sound and (self.retokenized is None or self.retokenized.sound)
+
+
+def main(config: VerifyConfig) -> None:
+    """Prints what is wrong, and ends with status 1 where anything is."""
+    config = storage.absolute_places(config, "dataset", "tokenizer", "images")
+    with contextlib.redirect_stdout(sys.stderr) if config.json else contextlib.nullcontext():
+        report = verify(config)
+    print(json.dumps(to_json(report), sort_keys=True) if config.json else "\n".join(in_words(report)))
+    if not report.sound:
+        sys.exit(1)
+
+
+def verify(config: VerifyConfig) -> Report:
+    """Verification, repair and a second look at what was repaired, then the codes."""
+    look = functools.partial(
+        verify_dataset,
+        config.dataset,
+        sample=config.sample,
+        num_threads=config.num_threads,
+        absent=config.repair,
+    )
+    found = look()
+    repairs: list[Repair] = []
+    codes_of: list[OpenedPart] = []
+    if config.tokenizer is not None and found.parts:
+        from tokenizer.retokenize import parts_of_tokenizer
+
+        codes_of = parts_of_tokenizer(found.parts, config.tokenizer)
+    if config.repair and any(problem.damaged for problem in found.problems):
+        images = _images(config, found)
+        repairs = repair_dataset(found, images=images, encoder=_encoder(config, codes_of))
+        found = dataclasses.replace(look(after=found), notes=found.notes)
+    return Report(verification=found, repairs=tuple(repairs), retokenized=_retokenize(config, found))
+
+
+def _images(config: VerifyConfig, found: Verification) -> Dataset | None:
+    """The image shards that were given, or those that the writer read, where they are still to be found."""
+    if config.images is not None:
+        return open_dataset(config.images, "images")
+    try:
+        record = json.loads(storage.read(storage.join(found.url, RUN_CONFIG)))
+        images = open_dataset(record["config"]["images"], "images")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, InputError):
+        return None
+    named = {part.manifest.inputs.get("images") for part in found.parts}
+    return images if images.fingerprint in named else None
+
+
+def _retokenize(config: VerifyConfig, found: Verification) -> Retokenized | None:
+    share = RETOKENIZE if config.retokenize is None else config.retokenize
+    if config.tokenizer is None or share == 0 or not found.parts:
+        return None
+    from tokenizer.retokenize import parts_of_tokenizer, retokenize
+
+    bad = {(problem.part, problem.view, problem.number) for problem in found.problems}
+    return retokenize(
+        parts_of_tokenizer(found.parts, config.tokenizer),
+        found.parts,
+        config.tokenizer,
+        share,
+        device=_device(config),
+        skip=lambda part, view, number: (part, view, number) in bad,
+    )
+
+
+def _encoder(config: VerifyConfig, parts: list[OpenedPart]) -> Encoder | None:
+    """The tokenizer, for codes that are lost; it runs as the recipe of its first part says."""
+    if config.tokenizer is None or not parts:
+        return None
+    import torch
+
+    from tokenizer.retokenize import load_as_written
+
+    tokenizer = load_as_written(parts[0].manifest, config.tokenizer, _device(config))
+
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        return tokenizer.encode(torch.from_numpy(pixels)).cpu().numpy()
+
+    return Encoder(fingerprint=tokenizer.fingerprint, encode=encode)
+
+
+def _device(config: VerifyConfig) -> str:
+    import torch
+
+    if config.use_gpu and not torch.cuda.is_available():
+        raise InputError("use_gpu is true, but there is no GPU here; leave it out")
+    return "cuda" if torch.cuda.is_available() and config.use_gpu is not False else "cpu"
+
+
+def in_words(report: Report) -> list[str]:
+    """A line for each problem and repair, then a summary."""
+    found, total = report.verification, report.verification.total
+    lines = [f"repair: {repair}" for repair in report.repairs]
+    lines += [str(problem) for problem in found.problems]
+    lines += [f"note: {note}" for note in found.notes]
+    state = "sound" if report.sound else f"UNSOUND, {len(found.problems):,} problems"
+    lines.append(
+        f"{found.url}: {state}; sound: parts {len(found.parts):,}, shards {total.shards:,}, objects "
+        f"{total.objects:,}, bytes {total.bytes:,}, samples {total.samples:,}, of them decoded "
+        f"{total.decoded:,}, rejects {sum(total.rejected.values()):,}"
+    )
+    if report.retokenized is not None:
+        lines.append(f"codes: {report.retokenized}")
+    return lines
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """The same for programs."""
+    found, retokenized = report.verification, report.retokenized
+    return {
+        "dataset": found.url,
+        "sound": report.sound,
+        "fingerprint": _fingerprint(found),
+        "problems": [
+            {
+                "object": problem.object,
+                "kind": problem.kind,
+                "what": problem.what,
+                "mend": problem.mend,
+                "damaged": problem.damaged,
+            }
+            for problem in found.problems
+        ],
+        "notes": list(found.notes),
+        "checked": dataclasses.asdict(found.total),
+        "parts": [
+            {"url": part.url, "kind": part.kind, **dataclasses.asdict(found.tallies[part.url])}
+            for part in found.parts
+        ],
+        "repairs": [dataclasses.asdict(repair) for repair in report.repairs],
+        "retokenized": None
+        if retokenized is None
+        else {**dataclasses.asdict(retokenized), "sound": retokenized.sound},
+    }
+
+
+def _fingerprint(found: Verification) -> str | None:
+    """Of the base; None where its manifest is lost."""
+    base = next((part for part in found.parts if part.kind == "base"), None)
+    return None if base is None or base.manifest_lost else base.manifest.fingerprint
+
+
+if __name__ == "__main__":
+    run_job(main, VerifyConfig)
