@@ -130,6 +130,12 @@ def claim(
         )
 
 
+def claimed_config(url: str) -> dict[str, Any]:
+    """The settings of the run that claimed an output URL; empty where none did."""
+    held = _read_or_none(storage.join(url, "run.json"))
+    return {} if held is None else json.loads(held).get("config", {})
+
+
 def differences(held: Any, asked: Any, path: str = "") -> list[str]:
     """`key: there X, asked Y` for every leaf in which two JSON values differ."""
     if isinstance(held, dict) and isinstance(asked, dict):

@@ -79,11 +79,13 @@ class MetricsLog:
     are kept here and put whole at every flush.
     """
 
-    def __init__(self, output: str, *, resume_step: int = 0, flush_every_s: float = 15.0) -> None:
+    def __init__(
+        self, output: str, *, resume_step: int = 0, flush_every_s: float = 15.0, file: str = METRICS_FILE
+    ) -> None:
         self._output = output
-        self._url = storage.join(output, METRICS_FILE)
+        self._url = storage.join(output, file)
         self._lines = [
-            json.dumps(record) for record in read_metrics(output) if int(record["step"]) <= resume_step
+            json.dumps(record) for record in read_metrics(output, file) if int(record["step"]) <= resume_step
         ]
         self._flush_every_s = flush_every_s
         self._flushed = time.monotonic()
@@ -125,10 +127,10 @@ class MetricsLog:
         return self._writer
 
 
-def read_metrics(output: str) -> list[dict[str, float | int | str]]:
+def read_metrics(output: str, file: str = METRICS_FILE) -> list[dict[str, float | int | str]]:
     """The records of a run, oldest first; empty when there are none."""
     try:
-        data = storage.read(storage.join(output, METRICS_FILE))
+        data = storage.read(storage.join(output, file))
     except (FileNotFoundError, NotADirectoryError):
         return []
     return [json.loads(line) for line in data.splitlines() if line]

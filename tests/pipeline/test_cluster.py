@@ -91,6 +91,10 @@ def _dies_on(victim: int, marker: Path | None) -> Callable[[], Callable[[int], i
     return make
 
 
+def _cannot_be_made() -> Callable[[int], int]:
+    raise InputError("there is no such model; name another")
+
+
 @pytest.mark.ray
 def test_actors_survive_a_death_name_a_poison_and_pass_errors_on(ray_head: RayHead, tmp_path: Path) -> None:
     cluster = ClusterConfig(num_workers=2, address=ray_head.address)
@@ -100,6 +104,8 @@ def test_actors_survive_a_death_name_a_poison_and_pass_errors_on(ray_head: RayHe
         list(map_items(range(4), _dies_on(2, None), cluster))
     with pytest.raises(InputError, match="a thousand is too much"):
         list(map_items([1, 1000], _dies_on(-1, None), cluster))
+    with pytest.raises(InputError, match="there is no such model"):
+        list(map_items([1, 2, 3], _cannot_be_made, cluster))
 
 
 def _train(config: dict[str, str], worker: Worker) -> None:

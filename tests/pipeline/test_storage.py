@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import errno
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pipeline import storage
 from pipeline.errors import InputError
+from pipeline.storage import StoreError
+
+if TYPE_CHECKING:
+    from tests.chaos.proxy import FaultProxy
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -122,3 +129,219 @@ def test_names() -> None:
 def test_unknown_store_is_bad_input() -> None:
     with pytest.raises(InputError, match="cannot open"):
         storage.read("nosuchstore://x/y")
+
+
+# ------------------------------------------------------------------------------------------ failing stores
+
+ONCE = ("slow_down", "drop_after")
+"""Faults that any request can meet; the others are met by the passes of tests/chaos."""
+
+
+@pytest.mark.parametrize("fault", ONCE)
+def test_every_verb_outlasts_a_fault_of_each_of_its_requests(
+    fault_proxy: FaultProxy, s3_url: str, fault: str
+) -> None:
+    url = f"{s3_url}/folder/object"
+
+    def break_next(*methods: str) -> None:
+        assert not fault_proxy.script
+        fault_proxy.script.extend((method, fault) for method in methods)
+
+    break_next("PUT", "PUT")
+    storage.put(url, b"0123456789")
+    break_next("PUT")
+    assert storage.create(f"{url}-2", b"two")
+    break_next("HEAD", "GET")
+    assert storage.read(url) == b"0123456789"
+    break_next("GET")
+    assert storage.read(url, 3, 4) == b"3456"
+    break_next("HEAD")
+    found = storage.stat(url)
+    assert found is not None and found.bytes == 10
+    break_next("GET")
+    assert [entry.url for entry in storage.list_files(s3_url)] == [url, f"{url}-2"]
+    break_next("GET")
+    assert storage.list_folders(s3_url) == ["folder"]
+    break_next("HEAD", "GET", "GET")
+    with storage.open_file(url) as file:
+        file.seek(-4, os.SEEK_END)
+        assert file.read() == b"6789"
+    break_next("DELETE")
+    storage.remove(url)
+    assert not storage.exists(url)
+    assert fault_proxy.counts[fault] >= 9
+
+
+def test_an_answer_that_ends_early_is_asked_for_again(fault_proxy: FaultProxy, s3_url: str) -> None:
+    data = os.urandom(300_000)
+    storage.put(f"{s3_url}/large", data)
+    fault_proxy.script.extend([("GET", "cut")] * 3)
+    assert storage.read(f"{s3_url}/large") == data
+    before = fault_proxy.counts["GET"]
+    fault_proxy.script.extend([("GET", "cut")] * 2)
+    with storage.open_file(f"{s3_url}/large") as file:
+        assert file.read() == data
+    assert fault_proxy.counts["GET"] == before + 3  # all of it in one request, and that again twice
+    fault_proxy.script.append(("GET", "cut"))
+    assert len(list(storage.list_files(s3_url))) == 1
+    assert fault_proxy.counts["cut"] == 6
+
+
+@pytest.mark.parametrize("fault", ["drop_after", "internal"])
+def test_a_create_whose_answer_was_lost_knows_its_own_object(
+    fault_proxy: FaultProxy, s3_url: str, fault: str
+) -> None:
+    url = f"{s3_url}/once"
+    fault_proxy.script.append(("PUT", fault))
+    assert storage.create(url, b"mine")
+    assert fault_proxy.counts["PUT"] == 2  # the second was refused
+    assert not storage.create(url, b"mine")
+    for data in (b"mine", b"other"):
+        fault_proxy.script.append(("PUT", fault))
+        assert not storage.create(url, data)
+    assert storage.read(url) == b"mine"
+
+
+@pytest.mark.chaos
+def test_a_large_object_whose_last_answer_was_lost_is_there(fault_proxy: FaultProxy, s3_url: str) -> None:
+    """From 100 MiB on it goes up in parts; putting them together is a request of its own."""
+    data = os.urandom(1 << 20) * 101
+    completed = [("POST", ""), ("POST", "drop_after")]
+    fault_proxy.script.extend(completed)
+    storage.put(f"{s3_url}/put", data)
+    fault_proxy.script.extend(completed)
+    assert storage.create(f"{s3_url}/once", data)
+    assert not storage.create(f"{s3_url}/once", data)
+    fault_proxy.script.extend([("PUT", "slow_down"), ("GET", "cut")])
+    storage.put(f"{s3_url}/again", data)
+    for name in ("put", "once", "again"):
+        assert storage.read(f"{s3_url}/{name}") == data
+    assert fault_proxy.counts["drop_after"] == 2 and fault_proxy.counts["cut"] == 1
+    assert list(storage.unfinished_writes(s3_url)) == []
+
+
+def test_a_conflict_of_two_creators_is_tried_again(fault_proxy: FaultProxy, s3_url: str) -> None:
+    fault_proxy.script.extend([("PUT", "conflict")] * 3)
+    assert storage.create(f"{s3_url}/once", b"mine")
+    fault_proxy.script.append(("PUT", "conflict"))
+    assert not storage.create(f"{s3_url}/once", b"mine")
+    assert fault_proxy.counts["conflict"] == 4
+
+
+@pytest.fixture
+def no_patience(fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A store that is given a fifth of a second."""
+    patience = storage.Patience(
+        connect_s=0.2, answer_s=0.15, request_s=1, retry_s=0.2, first_wait_s=0.02, longest_wait_s=0.1
+    )
+    monkeypatch.setattr(storage, "PATIENCE", patience)
+    yield fault_proxy
+
+
+@pytest.mark.parametrize("trouble", ["slow_down", "silent", "gone"])
+def test_a_store_that_never_recovers_is_named(
+    no_patience: FaultProxy, s3_url: str, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    from tests.chaos.proxy import Faults
+
+    url = f"{s3_url}/x"
+    no_patience.faults = Faults(silent=trouble == "silent", slow_down=float(trouble == "slow_down"))
+    if trouble == "gone":
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
+    for verb in (
+        lambda: storage.read(url),
+        lambda: storage.put(url, b"x"),
+        lambda: storage.create(url, b"x"),
+        lambda: storage.exists(url),
+        lambda: list(storage.list_files(s3_url)),
+    ):
+        with pytest.raises(StoreError, match=rf"{s3_url}\S*: the store did not recover in .* attempts, last"):
+            verb()
+
+
+def test_what_will_not_pass_is_said_at_once(
+    s3_url: str, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = "s3://no-such-bucket-here/x"
+    with pytest.raises(InputError, match=f"cannot write {absent}.*create the bucket"):
+        storage.put(absent, b"x")
+    with pytest.raises(InputError, match=f"cannot write {absent}"):
+        storage.create(absent, b"x")
+    with pytest.raises(FileNotFoundError, match=absent):
+        storage.read(absent)
+    assert list(storage.list_files(absent)) == [] and storage.stat(absent) is None
+    for method, verb in (("PUT", storage.create), ("GET", lambda url, _: list(storage.list_files(url)))):
+        fault_proxy.script.append((method, "forbidden"))
+        with pytest.raises(PermissionError, match=f"{s3_url}/x: .*AccessDenied"):
+            verb(f"{s3_url}/x", b"x")
+    before = fault_proxy.counts["requests"]
+    assert before < 12
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    monkeypatch.setattr(storage, "_clients", {})
+    with pytest.raises(InputError, match=rf"cannot use {s3_url}/x: .*credentials"):
+        storage.put(f"{s3_url}/x", b"x")
+    assert fault_proxy.counts["requests"] == before
+
+
+# --------------------------------------------------------------------------------- stores that cannot refuse
+
+
+def test_a_file_system_without_hard_links_is_named_and_still_serves_one_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.warns(UserWarning, match="the file system at / cannot refuse an overwrite: one driver only"):
+        assert storage.create(str(tmp_path / "deep" / "once"), b"first")
+    with pytest.warns(UserWarning, match="one driver only"):
+        assert not storage.create(str(tmp_path / "deep" / "once"), b"second")
+    assert (tmp_path / "deep" / "once").read_bytes() == b"first"
+    assert [path.name for path in tmp_path.rglob("*")] == ["deep", "once"]
+
+
+def test_a_store_whose_client_only_looks_before_it_writes_is_named() -> None:
+    with pytest.warns(UserWarning, match="the store of memory://one cannot refuse an overwrite"):
+        assert storage.create("memory://one/once", b"first")
+    with pytest.warns(UserWarning):
+        assert not storage.create("memory://one/once", b"second")
+    assert storage.read("memory://one/once") == b"first"
+
+
+def test_a_remote_file_is_read_like_a_local_one(root: str) -> None:
+    data = os.urandom(10_000)
+    storage.put(storage.join(root, "file"), data)
+    with storage.open_file(storage.join(root, "file")) as file:
+        for seek, whence in (
+            (9_990, os.SEEK_SET),
+            (-20, os.SEEK_CUR),
+            (-9_000, os.SEEK_END),
+            (0, os.SEEK_SET),
+        ):
+            position = file.seek(seek, whence)
+            assert file.tell() == position and file.read(100) == data[position : position + 100]
+        file.seek(10_000)
+        assert file.read() == b"" and file.read(5) == b""
+    storage.put(storage.join(root, "empty"), b"")
+    with storage.open_file(storage.join(root, "empty")) as file:
+        assert file.read() == b""
+    with pytest.raises(FileNotFoundError, match="missing"), storage.open_file(storage.join(root, "missing")):
+        pass
+
+
+def test_new_folders_are_synced_from_the_top_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    sync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    storage.put(str(tmp_path / "a" / "b" / "file"), b"x")
+    assert synced[:2] == [str(tmp_path), str(tmp_path / "a")] and synced[-1] == str(tmp_path / "a" / "b")
+    assert len(synced) == 4

@@ -161,6 +161,43 @@ def test_a_place_that_holds_something_else_is_refused(tmp_path: Path, small_data
         start(str(broken), plan)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"7",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"format_version": 1}',
+        b'{"format_version": 99}',
+        b'{"format_version": 1, "kind": "tokens", "inputs": {}, "recipe": {}, "header": [], "first_view": 0, '
+        b'"views": 1, "first_id": 0, "range_ids": [[1, 1]], "range_samples": null}',
+    ],
+)
+def test_a_plan_that_is_none_is_refused_by_name_and_left_alone(
+    tmp_path: Path, small_dataset: MakeDataset, content: bytes
+) -> None:
+    plan = small_dataset().plan
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(InputError, match=rf"{tmp_path}/plan\.json is not a plan of this format"):
+        start(str(tmp_path), plan)
+    assert tree(tmp_path) == {"/plan.json": content}
+
+
+def test_every_truncation_of_a_plan_is_refused_by_name(tmp_path: Path, small_dataset: MakeDataset) -> None:
+    plan = small_dataset().plan
+    whole = plan.to_bytes()
+    for length in range(0, len(whole) - 2, 7):
+        (tmp_path / "plan.json").write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"plan\.json is not a plan"):
+            start(str(tmp_path), plan)
+    (tmp_path / "plan.json").write_bytes(whole)
+    assert start(str(tmp_path), plan).fingerprint == plan.fingerprint
+
+
 def test_a_store_that_cannot_refuse_an_overwrite_is_named(
     tmp_path: Path, small_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,8 +206,11 @@ def test_a_store_that_cannot_refuse_an_overwrite_is_named(
         return True
 
     monkeypatch.setattr("shards.commit.storage.create", overwrite)
-    with pytest.warns(UserWarning, match="cannot refuse an overwrite"):
-        start(str(tmp_path), small_dataset().plan)
+    plan = small_dataset().plan
+    for _ in range(2):  # when it is begun, and when it goes on
+        with pytest.warns(UserWarning, match="cannot refuse an overwrite: one driver only"):
+            start(str(tmp_path), plan)
+        assert tree(tmp_path) == {"/plan.json": plan.to_bytes()}
 
 
 # ------------------------------------------------------------------------------------------------ the pass
@@ -319,8 +359,10 @@ def test_a_receipt_that_cannot_be_read_is_no_receipt(
     plan = start(root, dataset.plan)
     [item] = items(plan)
     storage.put(receipt_url(root, plan, item), content)
-    assert receipt(root, plan, item) is None
-    dataset.commit_item(root, item)
+    with pytest.warns(UserWarning, match=r"v00-00000\.json is not the receipt of v00-00000 in this plan"):
+        assert receipt(root, plan, item) is None
+    with pytest.warns(UserWarning, match="does not count"):
+        dataset.commit_item(root, item)
     assert receipt(root, plan, item) is not None
 
 
@@ -331,7 +373,33 @@ def test_a_receipt_in_another_items_place_is_no_receipt(tmp_path: Path, small_da
     one, other = list(items(plan))[:2]
     dataset.commit_item(root, one)
     storage.put(receipt_url(root, plan, other), storage.read(receipt_url(root, plan, one)))
-    assert receipt(root, plan, other) is None
+    with pytest.warns(UserWarning, match=r"v00-00001\.json is not the receipt of v00-00001"):
+        assert receipt(root, plan, other) is None
+
+
+@pytest.mark.parametrize("field", ["plan", "tar", "index", "rejects"])
+def test_a_receipt_of_another_plan_or_of_objects_elsewhere_does_not_count_and_is_replaced(
+    tmp_path: Path, small_dataset: MakeDataset, field: str
+) -> None:
+    dataset = small_dataset(first_ids=(0, 6), views=1)
+    root = str(tmp_path / "out")
+    plan = start(root, dataset.plan)
+    [item] = items(plan)
+    dataset.commit_item(root, item)
+    straight = tree(root)
+    record = json.loads(storage.read(receipt_url(root, plan, item)))
+    if field == "plan":
+        record["plan"] = "0" * 64
+    else:  # the bytes are there, under a name of somebody's choice
+        elsewhere = storage.join(root, "..", "secret")
+        storage.put(elsewhere, storage.read(storage.join(root, record["shard"][field])))
+        record["shard"][field] = "../secret"
+    storage.put(receipt_url(root, plan, item), json.dumps(record).encode())
+    with pytest.warns(UserWarning, match="does not count"):
+        assert list(pending(root, plan)) == [item]
+    with pytest.warns(UserWarning, match="does not count"):
+        dataset.commit_item(root, item)
+    assert tree(root) == straight
 
 
 def with_other_codes(dataset: Any, item: Item) -> BuiltShard:
