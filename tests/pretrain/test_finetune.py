@@ -290,7 +290,10 @@ def test_not_a_number_ends_the_run_and_the_last_good_state_is_kept(
         return batch
 
     config = make_config(tmp_path / "out", checkpoint_every_s=0.0)
+    save = CheckpointStore.save
     with monkeypatch.context() as patch:
+        # A process that ends waits for its checkpoint; here it is looked at before.
+        patch.setattr(CheckpointStore, "save", lambda *args, **how: save(*args, **{**how, "wait": True}))
         patch.setattr(finetune, "_augmented", poisoned)
         with pytest.raises(NonFiniteLossError, match=r"loss.* step 4, batch 000000000\d-00, ") as caught:
             finetune_classifier(config)
