@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ import simplejpeg
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from pipeline.errors import InputError
+from shards import bombs
 
 DECODE_VERSION = 1
 """Raised whenever the pixels of any image may change: crop boxes and codes are in this version's pixels."""
@@ -33,14 +35,39 @@ REASONS = (
 )
 """Why `decode_image` refuses."""
 
+FORMATS = (
+    "JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "JPEG2000",
+    "BLP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "ICNS", "ICO", "IM", "MSP", "PCX", "PPM",
+    "PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA", "XBM", "XPM",
+)  # fmt: skip
+"""What is read, by Pillow's names (MPO counts as JPEG; PPM is all of PBM, PGM, PNM and PFM).
+
+Left out: EPS, which Ghostscript would have to run; WMF, BUFR, GRIB, HDF5 and MPEG, of which Pillow knows no
+more than the name; IPTC, FPX and MIC, which hold files of any other format; MCIDAS, PCD, PIXAR, XVTHUMB and
+IMT, which nobody writes. HEIC, JPEG XL, SVG and raw camera files are unknown to Pillow.
+"""
+
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2", "PPM": "pnm"}
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\x00", b"MM\x00*", b"BM")
+_NOT_READ = {
+    b"%!PS": "PostScript is a program; reading it would run it",
+    b"\xc5\xd0\xd3\xc6": "EPS is a program; reading it would run it",
+    b"\xd7\xcd\xc6\x9a": "WMF is a program; reading it would run it",
+    b"\xff\x0a": "JPEG XL is not read",
+    b"\0\0\0\x0cJXL ": "JPEG XL is not read",
+}
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 _HIGH_BIT_DEPTH = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _OPAQUE_WHITE = (255, 255, 255, 255)
 
 # A progressive JPEG may repeat scans over the whole image without end: 2 MB can cost hours. 64 scans over the
 # largest image are far more than any encoder writes.
 _MAX_JPEG_SCAN_PIXELS = 64 * 178_956_970
+# Pillow fills the rest of a line byte by byte: 1 kB took 18 s.
+_MAX_SLOW_PIXELS = 1 << 24
+_MAX_BYTES_PER_PIXEL = 8
+_MAX_EXIF_BYTES = 16 << 20
+_PIECE_PIXELS = 1 << 22
 
 
 class Rejected(Exception):
@@ -57,9 +84,10 @@ class DecodeConfig:
     """How image files become pixels."""
 
     max_pixels: int = 178_956_970
-    """Larger images are rejected from their header, before anything is decoded (default: Pillow's limit)."""
+    """Larger images are rejected from their header, before anything is decoded (default: Pillow's limit).
+    Decoding takes 7 bytes per pixel, in WebP and JPEG 2000 up to 18; a worker decodes two at once."""
     max_file_bytes: int = 1 << 30
-    """Larger files are rejected unread."""
+    """Larger files are rejected unread; less than 2 GiB, which is what an index can name."""
     high_bit_depth: Literal["full_range", "percentile", "window"] = "full_range"
     """How grey images of 16 or 32 bits become 8: by the whole range (of 16 bits; otherwise from the image's
     smallest to its largest value), by the percentiles or by the window below."""
@@ -72,6 +100,8 @@ class DecodeConfig:
         for limit in ("max_pixels", "max_file_bytes"):
             if getattr(self, limit) < 1:
                 raise InputError(f"decode.{limit} is {getattr(self, limit)}; give 1 or more")
+        if self.max_file_bytes >= 1 << 31:
+            raise InputError(f"decode.max_file_bytes is {self.max_file_bytes}; give less than {1 << 31}")
         if self.high_bit_depth not in ("full_range", "percentile", "window"):
             raise InputError(
                 f"decode.high_bit_depth is {self.high_bit_depth}; give full_range, percentile or window"
@@ -136,7 +166,7 @@ def decode(data: bytes, config: DecodeConfig) -> DecodedImage:
             return DecodedImage(pixels=_upright_rgb(data, image, config), extension=extension)
     except Rejected:
         raise
-    # Decoders of some 40 formats meet bytes that may have been made to break them: whatever they raise, from
+    # Decoders of some 30 formats meet bytes that may have been made to break them: whatever they raise, from
     # SyntaxError to MemoryError, says the same thing about the file.
     except Exception as error:
         raise _classify(error, data) from None
@@ -151,24 +181,33 @@ def pixel_libraries() -> dict[str, str]:
     }
 
 
-def _open(data: bytes, config: DecodeConfig) -> Image.Image:
+def _open(data: bytes, config: DecodeConfig) -> ImageFile.ImageFile:
     """The image with its header read and checked, its pixels not yet decoded."""
+    too_much = bombs.excess(data, config.max_pixels)
+    if too_much is not None:
+        raise Rejected("too_large", too_much)
     if Image.MAX_IMAGE_PIXELS is not None and config.max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
         # Pillow's own guard is process-wide. It stays, because it also covers images inside images (ICO,
         # ICNS), but must not be tighter than what was asked for.
         Image.MAX_IMAGE_PIXELS = config.max_pixels
-    image = Image.open(io.BytesIO(data))
-    if image.format == "EPS":
-        raise Rejected("unsupported", "EPS is a program; reading it would run it")
-    if isinstance(image, ImageFile.StubImageFile):
-        raise Rejected("unsupported", f"no decoder for {image.format}")
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
     _check_size(image, config)
-    if image.format in ("JPEG", "MPO"):
+    decoder = image.tile[0][0] if image.tile else ""
+    if image.format in ("JPEG", "MPO", "BLP"):
         num_scans = data.count(
             b"\xff\xda"
         )  # escaped in coded data, so only markers (and those of thumbnails)
-        if num_scans * math.prod(image.size) > _MAX_JPEG_SCAN_PIXELS:
+        # the JPEG in a BLP has a size of its own
+        pixels = config.max_pixels if image.format == "BLP" else math.prod(image.size)
+        if num_scans * pixels > _MAX_JPEG_SCAN_PIXELS:
             raise Rejected("too_large", f"{num_scans} scans over {image.width} x {image.height} pixels")
+    elif decoder == "fits_gzip":
+        raise Rejected("unsupported", "compressed FITS, which takes its time by the size it claims")
+    elif decoder == "bmp_rle" and math.prod(image.size) > _MAX_SLOW_PIXELS:
+        raise Rejected("too_large", f"run-length coded BMP of {image.width} x {image.height} pixels")
+    elif decoder == "raw":
+        # Pillow collects a row that is longer than a block by copying it for each block: 60 MB took 18 s.
+        image.decodermaxblock = max(image.decodermaxblock, image.width * _MAX_BYTES_PER_PIXEL)
     return image
 
 
@@ -191,16 +230,55 @@ def _upright_rgb(data: bytes, image: Image.Image, config: DecodeConfig) -> np.nd
     _check_size(image, config)
     orientation = _orientation(image)
     if image.mode in _HIGH_BIT_DEPTH:
-        grey = _to_8_bits(np.asarray(image), config)
+        grey = _to_8_bits(_values(image), config)
         return _transposed(np.repeat(grey[:, :, None], 3, axis=2), orientation)
     if ";16" in rawmode and config.high_bit_depth != "full_range":
         raise Rejected(
             "unsupported", f"16-bit colour is read with high_bit_depth full_range only ({rawmode})"
         )
-    if (image.mode != "P" or image.palette is not None) and image.has_transparency_data:
-        layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, _OPAQUE_WHITE), layer)
-    return _transposed(np.asarray(image.convert("RGB")), orientation)
+    return _transposed(_rgb(image), orientation)
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """Pixels of a loaded image, uint8 [H, W, 3], composited on white where it has transparency."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for rows, columns, piece in _pieces(image):
+        if piece.mode == "La":
+            piece = piece.convert("LA")  # premultiplied grey goes nowhere else
+        if (piece.mode != "P" or piece.palette is not None) and piece.has_transparency_data:
+            layer = piece.convert("RGBA")
+            piece = Image.alpha_composite(Image.new("RGBA", layer.size, _OPAQUE_WHITE), layer)
+        pixels[rows, columns] = np.asarray(piece.convert("RGB"))
+    return pixels
+
+
+def _values(image: Image.Image) -> np.ndarray:
+    """Grey values of a loaded image, [H, W] of its own type."""
+    values: np.ndarray | None = None
+    for rows, columns, piece in _pieces(image):
+        part = np.asarray(piece)
+        if values is None:
+            values = np.empty((image.height, image.width), part.dtype)
+        values[rows, columns] = part
+    assert values is not None
+    return values
+
+
+def _pieces(image: Image.Image) -> Iterator[tuple[slice, slice, Image.Image]]:
+    """Rows, columns and picture of pieces of a few million pixels, which together are the image.
+
+    Converted whole, a large image would be held four times over; and Pillow gives no numpy array of one that
+    is wider than 67 million pixels.
+    """
+    width = min(image.width, _PIECE_PIXELS)
+    height = max(1, _PIECE_PIXELS // width)
+    for top in range(0, image.height, height):
+        bottom = min(image.height, top + height)
+        for left in range(0, image.width, width):
+            right = min(image.width, left + width)
+            box = (left, top, right, bottom)
+            piece = image if box == (0, 0, *image.size) else image.crop(box)
+            yield slice(top, bottom), slice(left, right), piece
 
 
 def _plain_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
@@ -232,6 +310,8 @@ def _rawmode(image: Image.Image) -> str:
 
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 where there is none or the block is damaged, as viewers do."""
+    if len(image.info.get("exif") or b"") > _MAX_EXIF_BYTES:
+        return 1
     try:
         orientation = image.getexif().get(0x0112, 1)
     except Exception:  # the block is free-form bytes and the image is whole without it
@@ -292,9 +372,14 @@ def _to_8_bits(values: np.ndarray, config: DecodeConfig) -> np.ndarray:
 
 def _classify(error: Exception, data: bytes) -> Rejected:
     message = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    if isinstance(error, Image.DecompressionBombError):
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return Rejected("too_large", message)
     if isinstance(error, UnidentifiedImageError):
+        for signature, why in _NOT_READ.items():
+            if data.startswith(signature):
+                return Rejected("unsupported", why)
+        if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+            return Rejected("unsupported", "HEIC is not read")
         if data.startswith(_SIGNATURES) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
             return Rejected("corrupt", "begins like an image, but its header cannot be read")
         return Rejected("not_an_image", "no known image format")

@@ -112,19 +112,7 @@ def prepare_images(config: PrepareConfig) -> None:
     """
     # Decoding needs no GPU; none is reserved where there are some.
     config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, use_gpu=False))
-    output = storage.absolute(config.output)
-    sources = _frozen_sources(config, output)
-    parts: list[Part] = []
-    if config.val_fraction == 0:
-        parts.append(_begin(config, output, sources))
-    else:
-        for name, chosen in zip(
-            PARTS, split_by_content(sources, config.val_fraction, config.seed), strict=True
-        ):
-            root = storage.join(output, name)
-            frozen = freeze(storage.join(root, SOURCES), chosen)
-            _check_origin(root, frozen, chosen.origin)
-            parts.append(_begin(config, root, frozen))
+    parts = _begun_parts(config, storage.absolute(config.output))
     unfinished = [part for part in parts if not storage.exists(storage.join(part.root, MANIFEST))]
     if unfinished:
         _write_shards(config, unfinished)
@@ -137,6 +125,20 @@ def prepare_images(config: PrepareConfig) -> None:
             manifest = read_manifest(part.root)
             print(f"{part.root} is finished already", flush=True)
         _print_account(part.root, manifest)
+
+
+def _begun_parts(config: PrepareConfig, output: str) -> list[Part]:
+    """The one dataset or the two of a split, listed and planned; the listing is held no longer than that."""
+    sources = _frozen_sources(config, output)
+    if config.val_fraction == 0:
+        return [_begin(config, output, sources)]
+    parts: list[Part] = []
+    for name, chosen in zip(PARTS, split_by_content(sources, config.val_fraction, config.seed), strict=True):
+        root = storage.join(output, name)
+        frozen = freeze(storage.join(root, SOURCES), chosen)
+        _check_origin(root, frozen, chosen.origin)
+        parts.append(_begin(config, root, frozen))
+    return parts
 
 
 # ------------------------------------------------------------------------------------------------ sources
@@ -229,15 +231,21 @@ def _images(
 
 
 def plan_ranges(sources: Sources, config: PrepareConfig) -> tuple[int, ...]:
-    """First ids of the shards, and the end: as many images as fit both limits, never of two tars."""
+    """First ids of the shards, and the end: as many images as fit both limits, never of two tars.
+
+    Of a tar indexed in place, what lies between the images counts too: a shard is read in one request.
+    """
     table = sources.table
     num_bytes = table.column("bytes").to_numpy()
-    unread = ~np.array(table.column("reject_reason").is_null()) | (num_bytes > config.decode.max_file_bytes)
-    ends = np.cumsum(np.where(unread, 0, num_bytes) + _TAR_OVERHEAD_BYTES)
     cuts = [len(table)]
     if sources.kind == "tars":
         files = table.column("path").combine_chunks().dictionary_encode().indices.to_numpy()
         cuts = [*(np.flatnonzero(np.diff(files)) + 1).tolist(), len(table)]
+        ends = np.cumsum(_steps(table.column("offset").to_numpy() + num_bytes, cuts))
+    else:
+        unread = ~np.array(table.column("reject_reason").is_null())
+        unread |= num_bytes > config.decode.max_file_bytes
+        ends = np.cumsum(np.where(unread, 0, num_bytes) + _TAR_OVERHEAD_BYTES)
     first_ids, position = [0], 0
     for cut in cuts:
         while position < cut:
@@ -246,6 +254,15 @@ def plan_ranges(sources: Sources, config: PrepareConfig) -> tuple[int, ...]:
             position = min(cut, position + config.max_shard_samples, max(fitting, position + 1))
             first_ids.append(position)
     return tuple(first_ids)
+
+
+def _steps(ends: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
+    """How far each row lies beyond those before it, in bytes; `cuts` are the ends of the tars, as rows."""
+    steps = np.empty_like(ends)
+    for first, end in itertools.pairwise([0, *cuts]):
+        reached = np.maximum.accumulate(ends[first:end])
+        steps[first:end] = np.diff(reached, prepend=0)
+    return np.maximum(steps, 0)
 
 
 def plan_dataset(config: PrepareConfig, sources: Sources) -> Plan:
@@ -292,13 +309,10 @@ def _begin(config: PrepareConfig, root: str, sources: Sources) -> Part:
 
 def _write_shards(config: PrepareConfig, parts: list[Part]) -> None:
     """All parts in one pass: starting workers takes seconds, and is paid once."""
-    work = [
-        Work(part=number, item=item)
-        for number, part in enumerate(parts)
-        for item in commit.pending(part.root, part.plan)
-    ]
+    todo = [commit.unfinished(part.root, part.plan) for part in parts]
+    work = (Work(part=number, item=item) for number, items in enumerate(todo) for item in items)
     total = sum(part.plan.first_ids[-1] for part in parts)
-    done = total - sum(unit.item.samples for unit in work)
+    done = total - sum(items.samples for items in todo)
     progress = Progress("preparing", total, "images", done=done)
     rejected = 0
     for samples, rejects in map_items(work, functools.partial(Preparer, config, parts), config.cluster):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -15,12 +15,14 @@ from pipeline import storage
 from pipeline.errors import InputError
 from shards.samples import as_text
 from shards.source_table import Source
-from shards.source_tars import ListedFile
+from shards.source_tars import ListedFile, class_name
 
 DEFAULT_LABEL_COLUMN = "label"
 
 _BATCH_BYTES = 8 << 20
-_DAMAGE = (pa.ArrowException, OSError)
+_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
+_MAX_CHEAP_ROWS = 1 << 20
+"""A file may claim so many rows, however few its bytes; beyond that a row has at least one byte."""
 
 
 def list_parquet(url: str, version: str, image_column: str, label_column: str | None) -> ListedFile:
@@ -50,6 +52,9 @@ def list_parquet(url: str, version: str, image_column: str, label_column: str | 
     with storage.open_file(url) as file:
         try:
             parquet = pq.ParquetFile(file, pre_buffer=False)
+            schema = parquet.schema_arrow
+            _ = schema.names  # which may not be text
+            starts = _group_starts(parquet, file.seek(0, 2))
         except _DAMAGE as error:
             damage = Source(
                 path=os.fsencode(url),
@@ -59,19 +64,14 @@ def list_parquet(url: str, version: str, image_column: str, label_column: str | 
                 reject_message=_message_of(error, url),
             )
             return ListedFile(rows=[damage], labels=[None])
-        schema = parquet.schema_arrow
         path = _image_path(schema, url, image_column)
         label_name = _label_name(schema, url, label_column)
         columns = [path] if label_name is None else [path, label_name]
         for group in range(parquet.num_row_groups):
-            end = len(rows) + parquet.metadata.row_group(group).num_rows
+            message = "fewer rows than the file says"
             try:
                 for batch in _batches(parquet, group, columns):
-                    found = (
-                        [None] * batch.num_rows
-                        if label_name is None
-                        else batch.column(label_name).to_pylist()
-                    )
+                    found = [None] * batch.num_rows if label_name is None else _labels(batch, label_name)
                     for image, label in zip(_images(batch, image_column), found, strict=True):
                         if image:
                             append(image, label, None, None)
@@ -79,26 +79,36 @@ def list_parquet(url: str, version: str, image_column: str, label_column: str | 
                             append(None, None, "empty", "the row has no image bytes")
             except _DAMAGE as error:
                 message = _message_of(error, url)
-                while len(rows) < end:
-                    append(None, None, "damaged_parquet", message)
+            while len(rows) < starts[group + 1]:
+                append(None, None, "damaged_parquet", message)
         names = _huggingface_names(schema, label_name)
     return ListedFile(rows=rows, labels=labels, class_names=names)
 
 
 def read_images(sources: Sequence[Source], image_column: str) -> Iterator[bytes]:
-    """The images of rows of one file, in ascending order of rows."""
+    """The images of rows of one file, in ascending order of rows; InputError where they are not there."""
+    if not sources:
+        return
+    url = sources[0].url
+    try:
+        yield from _read_images(sources, image_column)
+    except _DAMAGE as error:
+        raise InputError(
+            f"{url} can be read no more as when it was listed ({_message_of(error, url)}); bring the old one "
+            "back, or prepare to another output"
+        ) from None
+
+
+def _read_images(sources: Sequence[Source], image_column: str) -> Iterator[bytes]:
     wanted = iter(sources)
     source = next(wanted, None)
-    if source is None:
-        return
-    url = source.url
+    url = sources[0].url
     with storage.open_file(url) as file:
         parquet = pq.ParquetFile(file, pre_buffer=False)
         path = _image_path(parquet.schema_arrow, url, image_column)
-        sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
-        starts = np.concatenate([[0], np.cumsum(sizes)])
+        starts = _group_starts(parquet, file.seek(0, 2))
         for group in range(parquet.num_row_groups):
-            position = int(starts[group])
+            position = starts[group]
             if source is None or source.row >= starts[group + 1]:
                 continue
             for batch in _batches(parquet, group, [path]):
@@ -112,6 +122,14 @@ def read_images(sources: Sequence[Source], image_column: str) -> Iterator[bytes]
                     break
     if source is not None:
         raise InputError(f"{url} has no row {source.row}; it has changed since it was listed")
+
+
+def _group_starts(parquet: pq.ParquetFile, file_bytes: int) -> list[int]:
+    """First row of each row group, and the end. ArrowInvalid where the file cannot hold what it claims."""
+    sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+    if min(sizes, default=0) < 0 or sum(sizes) > max(file_bytes, _MAX_CHEAP_ROWS):
+        raise pa.ArrowInvalid(f"{sum(sizes)} rows in {file_bytes} bytes")
+    return list(itertools.accumulate(sizes, initial=0))
 
 
 def _message_of(error: Exception, url: str) -> str:
@@ -165,6 +183,17 @@ def _images(batch: pa.RecordBatch, image_column: str) -> list[bytes | None]:
     return column.to_pylist()
 
 
+def _labels(batch: pa.RecordBatch, label_name: str) -> list[int | str | None]:
+    r"""Numbers or names; bytes of a name that are not UTF-8 are written as `\xff`."""
+    column = batch.column(label_name)
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_integer(column.type):
+        return column.to_pylist()
+    names = column.cast(pa.large_binary()).to_pylist()
+    return [None if name is None else class_name(name.decode("utf-8", "surrogateescape")) for name in names]
+
+
 def _label_name(schema: pa.Schema, url: str, label_column: str | None) -> str | None:
     name = DEFAULT_LABEL_COLUMN if label_column is None else label_column
     index = schema.get_field_index(name)
@@ -186,6 +215,6 @@ def _huggingface_names(schema: pa.Schema, label_name: str | None) -> tuple[str, 
     try:
         info = json.loads((schema.metadata or {})[b"huggingface"])
         names = info["info"]["features"][label_name]["names"]
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         return None
     return tuple(as_text(str(name)) for name in names) if isinstance(names, list) else None

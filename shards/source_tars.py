@@ -27,6 +27,7 @@ IMAGE_EXTENSIONS = frozenset(
 
 _LABEL_EXTENSIONS = ("cls", "json")
 _MAX_LABEL_BYTES = 1 << 20
+_MAX_CLASS_NAME = 1000
 _MAX_GAP_BYTES = 1 << 20
 _MAX_RUN_BYTES = 32 << 20
 
@@ -171,11 +172,16 @@ def _read_label(file: BinaryIO, member: TarMember, extension: str) -> int | str 
         return None
     label = value.get("label") if isinstance(value, dict) else None
     if isinstance(label, str):
-        return as_text(label) or None
+        return class_name(label)
     return label if isinstance(label, int) and not isinstance(label, bool) else None
 
 
 def _number_or_name(text: str) -> int | str | None:
     if text.isascii() and text.removeprefix("-").isdigit() and len(text) < 20:
         return int(text)
-    return text or None
+    return class_name(text)
+
+
+def class_name(text: str) -> str | None:
+    """A name that may stand in a manifest; None for what is no name but a text or nothing."""
+    return as_text(text) if 0 < len(text) <= _MAX_CLASS_NAME else None

@@ -90,7 +90,10 @@ def _detect(url: str) -> tuple[SourceKind, list[FileStat]]:
     location = storage.absolute(url)
     shown = as_text(location)
     kinds: dict[str, SourceKind] = {".tar": "tars", ".parquet": "parquet"}
-    found = storage.stat(location)
+    try:
+        found = storage.stat(location)
+    except OSError as error:  # links that lead in a circle, a folder above it that is closed
+        raise InputError(f"{shown} cannot be looked at: {error.strerror or error}") from None
     if found is not None:
         kind = kinds.get(_suffix(location))
         if kind is None:
@@ -114,6 +117,8 @@ def _detect(url: str) -> tuple[SourceKind, list[FileStat]]:
     files = list(storage.list_files(location))
     if not files:
         raise InputError(f"there are no files at {shown}; check the path or URL of the source")
+    if files[0].url == location:
+        raise InputError(f"{shown} cannot be looked into; check its permissions")
     for suffix, kind in kinds.items():
         chosen = [file for file in files if _suffix(file.url) == suffix]
         beside = [file for file in files if _suffix(file.url) != suffix]
@@ -272,8 +277,9 @@ def read_images(
     """The encoded image of each source, in order, or why there is none; read ahead by `pool`.
 
     All of one kind, as in a listing. What the listing already refused and what is larger than
-    `max_file_bytes` is not read. A file that has another size or content than when it was listed is rejected
-    as `changed`; a tar or Parquet file that is not the one listed is an InputError.
+    `max_file_bytes` is not read. A file that has another size, version (modification time, ETag) or content
+    than when it was listed is rejected as `changed`; a tar or Parquet file that is not the one listed is an
+    InputError.
     """
     readable = [source for source in sources if _refusal(source, max_file_bytes) is None]
     payloads = _payloads(readable, image_column, pool)
@@ -292,9 +298,10 @@ def _refusal(source: Source, max_file_bytes: int) -> Rejected | None:
     if source.bytes > max_file_bytes:
         return Rejected("too_large", f"{source.bytes} bytes, more than max_file_bytes {max_file_bytes}")
     if source.bytes == 0 and source.version == "":
-        return Rejected("unreadable", "a link to nothing, or a file that may not be looked at")
+        return Rejected(
+            "unreadable", "a link to nothing, no file but a pipe or device, or not to be looked at"
+        )
     if source.bytes == 0:
-        # Not opened: a named pipe has no bytes either, and reading it would wait for ever.
         return Rejected("empty", "0 bytes")
     return None
 
@@ -313,9 +320,13 @@ def _payloads(sources: list[Source], image_column: str, pool: Executor) -> Itera
 
 
 def _read_file(source: Source) -> bytes | Rejected:
-    """The bytes of a file, at most one more than it had: that one is enough to see that it grew."""
+    """The bytes of a file that, once they are read, still has the version that was listed.
+
+    At most one byte more than it had: that one is enough to see that it grew.
+    """
     try:
-        return storage.read(source.url, 0, source.bytes + 1)
+        data = storage.read(source.url, 0, source.bytes + 1)
+        found = storage.stat(source.url)
     except FileNotFoundError:
         return Rejected("unreadable", "gone since it was listed")
     except OSError as error:
@@ -323,6 +334,11 @@ def _read_file(source: Source) -> bytes | Rejected:
         if not storage.is_local(source.url) or error.errno in _OUR_TROUBLE:
             raise
         return Rejected("unreadable", error.strerror or str(error))
+    if found is None:
+        return Rejected("unreadable", "gone since it was listed")
+    if len(data) == source.bytes and found.version != source.version:
+        return Rejected("changed", "written to since it was listed")
+    return data
 
 
 def _unchanged(source: Source, data: bytes) -> bytes | Rejected:

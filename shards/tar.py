@@ -63,8 +63,8 @@ def iter_members(file: BinaryIO) -> Iterator[TarMember]:
     """Every member of an uncompressed tar in order; folders are left out, everything else is listed.
 
     Understands ustar, GNU long names and pax paths. Raises TarError at a header that is damaged or cut off,
-    at a payload that ends beyond the file, and where the end marker is missing: members before it have
-    been yielded by then and are sound.
+    at a payload that ends beyond the file, where the end marker is missing, and where anything follows it
+    (a second archive, say): members before it have been yielded by then and are sound.
     """
     end = file.seek(0, 2)
     position = 0
@@ -76,6 +76,7 @@ def iter_members(file: BinaryIO) -> Iterator[TarMember]:
         if len(header) < BLOCK:
             raise TarError(f"cut off at byte {end}: no end marker")
         if not header.strip(b"\0"):
+            _check_end(file, position)
             return
         info = _parse_header(header, position)
         offset = position + BLOCK
@@ -85,6 +86,8 @@ def iter_members(file: BinaryIO) -> Iterator[TarMember]:
                 long_name = record.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
             elif info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
                 pax = _parse_pax(record, offset)
+            elif info.type == tarfile.XGLTYPE:
+                _check_global(_parse_pax(record, offset), position)
             position = offset + _padded(info.size)
             continue
         name = pax.get("path", long_name if long_name is not None else info.name)
@@ -103,6 +106,22 @@ def iter_members(file: BinaryIO) -> Iterator[TarMember]:
 
 
 _PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+
+
+def _check_end(file: BinaryIO, position: int) -> None:
+    """Only zeros may follow the end marker: `tarfile` stops there and would lose the rest without a word."""
+    while block := file.read(1 << 20):
+        if block.count(0) < len(block):
+            raise TarError(
+                f"the archive ends at byte {position}, but something follows, such as another; split it there"
+            )
+
+
+def _check_global(pax: dict[str, str], position: int) -> None:
+    """A global header may say who made the archive, not what every member is called or how long it is."""
+    wrong = [key for key in pax if key in ("path", "size", "linkpath") or key.startswith("GNU.sparse.")]
+    if wrong:
+        raise TarError(f"the global pax header at byte {position} sets {wrong[0]} for all members; repack it")
 
 
 def _parse_header(header: bytes, position: int) -> tarfile.TarInfo:
@@ -131,7 +150,8 @@ def _parse_pax(record: bytes, offset: int) -> dict[str, str]:
         digits = record[position : max(space, position)]
         length = int(digits) if digits.isdigit() else 0
         entry = record[space + 1 : position + length]
-        if space < 0 or length <= space - position + 2 or not entry.endswith(b"\n") or b"=" not in entry:
+        whole = space >= 0 and space - position + 2 < length <= len(record) - position
+        if not whole or not entry.endswith(b"\n") or b"=" not in entry:
             raise TarError(f"damaged pax header at byte {offset + position}")
         key, value = entry[:-1].split(b"=", 1)
         found[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")

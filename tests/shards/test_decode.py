@@ -16,6 +16,7 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 from pipeline.errors import InputError
+from shards import decode as decoder
 from shards.decode import REASONS, DecodeConfig, Rejected, decode, decode_image, pixel_libraries
 
 CONFIG = DecodeConfig()
@@ -80,6 +81,28 @@ def test_modes_and_formats_equal_pillow(file_format, mode):
     pixels = decode_image(data, CONFIG)
     assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous
     assert np.array_equal(pixels, expected)
+
+
+def test_pieces_make_the_same_picture(monkeypatch):
+    """Large images are converted a piece at a time; here every image is large."""
+    alpha = Image.fromarray(picture()[:, :, 0])
+    layered = Image.fromarray(picture(seed=1))
+    layered.putalpha(alpha)
+    pictures = [
+        saved(Image.fromarray(picture()).convert(mode), file_format)
+        for file_format, modes in WRITABLE.items()
+        for mode in modes.split()
+    ]
+    pictures += [saved(layered.convert(mode), "TIFF") for mode in ("RGBA", "LA", "PA")]
+    pictures += [saved(layered, "PNG"), saved(layered.convert("P"), "PNG", transparency=5)]
+    pictures += [
+        saved(Image.fromarray(picture()[:, :, 0].astype(kind)), "TIFF") for kind in ("u2", "i4", "f4")
+    ]
+    whole = [decode_image(data, CONFIG) for data in pictures]
+    for pixels in (37, 101, 1000):  # part of a row, one and a half, many
+        monkeypatch.setattr(decoder, "_PIECE_PIXELS", pixels)
+        for data, expected in zip(pictures, whole, strict=True):
+            assert np.array_equal(decode_image(data, CONFIG), expected)
 
 
 def test_extensions_are_those_of_the_real_format():
@@ -335,6 +358,7 @@ def test_random_damage_never_escapes():
     [
         {"max_pixels": 0},
         {"max_file_bytes": 0},
+        {"max_file_bytes": 1 << 31},
         {"high_bit_depth": "clip"},
         {"percentile": (99.0, 1.0)},
         {"window": (0.0, 1.0)},

@@ -144,7 +144,7 @@ def test_what_cannot_be_read_has_a_reason(tmp_path):
         "large": "too_large",
         "empty": "empty",
         "dangling": "unreadable",
-        "pipe": "empty",
+        "pipe": "unreadable",
         "whole": b"whole",
     }
 
