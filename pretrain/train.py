@@ -58,9 +58,9 @@ class PretrainConfig:
     output: str
     """Where the backbone goes: a folder or any fsspec URL."""
     shards: str | None = None
-    """Token shards, the output of precompute_shards; or several of the same tokenizer, with commas between."""
+    """Token shards, the output of precompute_shards; or several of one tokenizer, with commas between."""
     codes: str | None = None
-    """A code layer of the token shards, named by the first 8 digits of its tokenizer; null takes their own."""
+    """A code layer of the token shards, named by the first 8 digits of its tokenizer; null is their own."""
     stored_views: int | None = None
     """Reads the first so many of the stored views; null takes those that are there when the run begins, and
     keeps to them."""
@@ -95,7 +95,7 @@ class PretrainConfig:
     cache: CacheConfig = CacheConfig()
     """Where shards of a remote store are kept while they are read."""
     lanes: int | None = None
-    """Lanes of the order; null takes 64, or what the cache has room for when the run begins, and keeps to it."""
+    """Lanes of the order; null takes 64, or what the cache has room for as it begins, and keeps to it."""
     window: int | None = None
     """Shards per window of the order; null as with lanes."""
     checkpoint_every_s: float = 600.0

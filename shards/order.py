@@ -8,12 +8,16 @@ needs one number. The random words are those of NumPy's Philox 4x64-10 under key
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 ORDER_VERSION = 1
 DEFAULT_LANES = 64
+
+AHEAD_SHARDS = 8
+"""Shards that are asked for before any batch needs them, where the cache has room for so many."""
 
 _SHARD_STREAM = 0
 _WINDOW_STREAM = 1
@@ -49,6 +53,19 @@ def default_shape(num_shards: int) -> tuple[int, int]:
     A batch then draws from 64 shards at a time; where there are no more than that, from all of them.
     """
     return (DEFAULT_LANES, 1) if num_shards > DEFAULT_LANES else (1, max(num_shards, 1))
+
+
+def fitting_shape(num_shards: int, capacity: int) -> tuple[int, int]:
+    """The default shape where a cache of `capacity` shards can hold it, else fewer lanes of one shard each.
+
+    Room for the shards that are fetched ahead is left beside the lanes. ValueError where not even two fit.
+    """
+    lanes, window = default_shape(num_shards)
+    if lanes * window + (AHEAD_SHARDS if num_shards > window else 0) <= capacity:
+        return lanes, window
+    if capacity < 2:
+        raise ValueError(f"a cache of {capacity} shards cannot hold one and the next")
+    return min(DEFAULT_LANES, capacity - max(1, min(AHEAD_SHARDS, capacity // 4))), 1
 
 
 def rank_slice(position: int, batch: int, rank: int, world: int, lanes: int) -> np.ndarray:
@@ -91,6 +108,7 @@ class Order:
         self.seed = seed
         self.epoch = epoch
         self.num_samples = int(sizes.sum())
+        self.num_shards = len(sizes)
 
         # FORMAT step 1: the shards laid end to end, in a shuffled order.
         self._shards = permute(len(sizes), seed, epoch, _SHARD_STREAM, 0)
@@ -147,3 +165,54 @@ class Order:
         if len(self._windows) > 2 * self.lanes:
             self._windows.popitem(last=False)
         return found
+
+
+class SampleOrder:
+    """Positions in the order of sample ids; one lane, so that a rank's part is contiguous."""
+
+    lanes = 1
+
+    def __init__(self, sizes: Sequence[int] | np.ndarray) -> None:
+        sizes = np.asarray(sizes, dtype=np.int64)
+        self._ends = np.cumsum(sizes)
+        self._starts = self._ends - sizes
+        self.num_samples = int(sizes.sum())
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, row), each int64 in the shape of `positions`."""
+        shards = np.searchsorted(self._ends, positions, side="right")  # "right" steps over empty shards
+        return shards, positions - self._starts[shards]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchPlan:
+    """Where one rank's part, b samples, of the global batch [position, position + global_size) lies."""
+
+    position: int
+    global_size: int
+    positions: np.ndarray
+    """int64 [b], as are the others."""
+    shards: np.ndarray
+    rows: np.ndarray
+
+
+def batch_plans(
+    order: Order | SampleOrder,
+    position: int,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    drop_last: bool = True,
+) -> Iterator[BatchPlan]:
+    """A rank's parts of the global batches of an epoch from a position on.
+
+    With `drop_last` the epoch ends before a batch that would be short; else that one is the last.
+    """
+    end = order.num_samples
+    while position < end and not (drop_last and position + batch_size > end):
+        size = min(batch_size, end - position)
+        positions = rank_slice(position, size, rank, world_size, order.lanes)
+        shards, rows = order.locate(positions)
+        yield BatchPlan(position, size, positions, shards, rows)
+        position += size

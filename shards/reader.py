@@ -5,33 +5,57 @@
         train(batch.pixels, batch.codes)
     reader.close()
 
-A batch is a pure function of (dataset, seed, epoch, position, batch size, rank, world size), so the number of
-samples consumed is all that resuming needs.
+A batch is a pure function of (dataset, seed, lanes, window, epoch, position, batch size, rank, world size):
+the samples consumed are all that resuming needs to count.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from pipeline.errors import InputError
-from shards.cache import OpenShard, ShardCache
+from shards.cache import ShardCache, cached_tar, named_failures, shard_bytes
+from shards.corpus import Corpus, namespaced_key
 from shards.decode import DecodeConfig, Rejected, decode_config_of, decode_image
-from shards.manifest import Dataset
-from shards.order import Order, rank_slice, view_of_epoch
-from shards.samples import sample_key
-from shards.views import ViewPolicy, center_view, decode_crop, encode_crop, render, view_at
+from shards.lookahead import Lookahead, PlannedBatch
+from shards.manifest import Dataset, probe_shard
+from shards.node_cache import CacheConfig, NodeCache
+from shards.order import (
+    BatchPlan,
+    Order,
+    SampleOrder,
+    batch_plans,
+    default_shape,
+    fitting_shape,
+    view_of_epoch,
+)
+from shards.samples import MAX_SAMPLE_ID
+from shards.telemetry import Telemetry
+from shards.views import (
+    CENTER_FRACTION,
+    ViewPolicy,
+    center_view,
+    decode_crop,
+    encode_crop,
+    render,
+    view_at,
+)
 
-CACHE_BYTES = 8 << 30
-"""Tar bytes kept open. 64 lanes of 100 MB shards are 6.4 GB; local ones are mapped, not copied."""
+Augment = Callable[[np.ndarray, int, int], np.ndarray]
+"""(crop uint8 [S, S, 3], sample id, epoch) -> uint8 [S, S, 3]; called by several threads at once."""
 
 FETCH_THREADS = 4
+"""Shards in flight; each holds a whole tar in memory while it is fetched."""
 CHUNK_SAMPLES = 16
 """Samples that a thread decodes at a time: 5 ms of crops, so that threads end a batch together."""
 
@@ -44,12 +68,14 @@ class SampleBatch:
     the same number of steps. `codes` is None for image datasets.
     """
 
-    keys: list[str]
-    """Sample id and view: `0000000042-00`."""
+    view: int
+    """The stored view that the epoch reads."""
     sample_ids: np.ndarray
-    """int64 [b]."""
+    """int64 [b]; of the second of several datasets they begin at 10^10, and so on."""
     pixels: np.ndarray
-    """uint8 [b, S, S, 3], RGB."""
+    """uint8 [b, S, S, 3], RGB; S is 0 where images are not decoded."""
+    encoded: list[memoryview]
+    """The images as they are stored, where they are not decoded."""
     codes: np.ndarray | None
     """uint16 [b, N], the code grid row by row."""
     labels: np.ndarray
@@ -61,6 +87,11 @@ class SampleBatch:
     """Where to resume once this batch is consumed."""
     global_size: int
 
+    @property
+    def keys(self) -> list[str]:
+        """Sample id and view: `0000000042-00`, or `1/0000000042-00` in the second of several datasets."""
+        return [namespaced_key(sample_id, self.view) for sample_id in self.sample_ids.tolist()]
+
 
 class ShardReader:
     """Reads a finished dataset in batches, over any number of epochs.
@@ -69,13 +100,19 @@ class ShardReader:
     dataset needs `views` and gives crops drawn from it: a new one in every epoch where
     `views.views_per_image` is 0, else the one of the epoch's view, as a token dataset of that policy would;
     with `stored_pixels` they pass through the stored JPEG and are equal to that dataset's bit for bit.
-    `center_crop` gives the evaluation crop instead. Images are decoded as they were prepared, unless `decode`
+    `center_crop` gives the evaluation crop instead, `center_fraction` of the shorter side. `augment` changes
+    the crops of an image dataset after all else. Images are decoded as they were prepared, unless `decode`
     says otherwise.
 
     `batch_size` counts over all ranks. With `drop_last` an epoch ends before the last N mod B samples
     (`num_dropped`), without it the last batch is short. With `shuffle` off, positions are in sample order.
-    `num_threads` decode, 0 in the calling thread; `prefetch` batches are prepared ahead. Threads and clients
-    start with the first batch, so a reader may be pickled or forked before it.
+    `num_threads` decode, 0 in the calling thread; `prefetch` batches are prepared ahead, shards are fetched
+    before these. With `decoded` off, batches hold the images as stored. Threads and clients start with the
+    first batch, so a reader may be pickled or forked before it.
+
+    `lanes` and `window` are those of the order; None takes the default, or fewer lanes where `cache` has no
+    room for it. A run that may resume keeps the ones it began with. `epochs` says how many will be read: near
+    the end of each but the last, shards of the next are fetched. What reading costs is in `telemetry`.
     """
 
     def __init__(
@@ -89,14 +126,18 @@ class ShardReader:
         views: ViewPolicy | None = None,
         decode: DecodeConfig | None = None,
         center_crop: bool = False,
+        center_fraction: float = CENTER_FRACTION,
+        augment: Augment | None = None,
         stored_pixels: bool = False,
         num_threads: int = 2,
         prefetch: int = 2,
         shuffle: bool = True,
         drop_last: bool = True,
+        decoded: bool = True,
         lanes: int | None = None,
         window: int | None = None,
-        cache_bytes: int = CACHE_BYTES,
+        epochs: int = 0,
+        cache: CacheConfig | None = None,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
@@ -106,18 +147,24 @@ class ShardReader:
         self.views = views
         self.decode = decode if decode is not None else _prepared_decode(dataset)
         self.center_crop = center_crop
+        self.center_fraction = center_fraction
+        self.augment = augment
         self.stored_pixels = stored_pixels
         self.num_threads = num_threads
         self.prefetch = prefetch if num_threads > 0 else 0
         self.shuffle = shuffle
         self.drop_last = drop_last
-        self.lanes = lanes
-        self.window = window
-        self.cache_bytes = cache_bytes
+        self.decoded = decoded
+        self.epochs = epochs
+        self.cache = CacheConfig() if cache is None else cache
+        self.telemetry = Telemetry()
         self.num_samples = min(dataset.num_samples(view) for view in range(dataset.num_views))
         self._workers: _Workers | None = None
         self._check()
         self.image_size = views.side if views is not None else _stored_size(dataset)
+        fitting = order_shape(dataset, self.cache) if lanes is None or window is None else (lanes, window)
+        self.lanes = fitting[0] if lanes is None else lanes
+        self.window = fitting[1] if window is None else window
 
     @property
     def steps_per_epoch(self) -> int:
@@ -144,7 +191,34 @@ class ShardReader:
                 f"position {position} lies beyond the {order.num_samples} samples of {self.dataset.url}; "
                 "resume with the dataset that the run began with"
             )
-        return self._stream(self._plans(order, view, epoch, position))
+        return self._stream(order, view, epoch, position)
+
+    def begin(self, epoch: int = 0, position: int = 0) -> str:
+        """What there is to read from a place on; InputError where this machine decodes differently.
+
+        The decode probe is shared by the ranks: each decodes some of the images whose pixels the manifest
+        knows, because codes belong to exactly these pixels.
+        """
+        datasets = self.dataset.datasets if isinstance(self.dataset, Corpus) else (self.dataset,)
+        probed = sum(self._probe(dataset) for dataset in datasets)
+        view = view_of_epoch(self.dataset.num_views, self.seed, epoch)
+        plan = next(self._plans(self._order(view, epoch), position), None)
+        numbers = [] if plan is None else np.unique(plan.shards).tolist()
+        total = int(shard_bytes(self.dataset, view)[numbers].sum())
+        lines = [
+            f"reader: {self.dataset.kind} {self.dataset.fingerprint[:12]} at {self.dataset.url}, "
+            f"{probed} images of the decode probe agree",
+            f"order version 1, {self.lanes} lanes of {self.window} shards",
+            f"{len(numbers)} shards with {total / 1e6:,.1f} MB before the first batch",
+        ]
+        if self.dataset.is_remote:
+            node = NodeCache(self.cache)
+            tars = [cached_tar(self.dataset.shard(view, number)) for number in numbers]
+            held = sum(tar is not None and node.held(tar) for tar in tars)
+            lines.append(
+                f"{held} of them in {self.cache.place}, which may hold {self.cache.bytes / 1e9:,.1f} GB"
+            )
+        return "; ".join(lines)
 
     def close(self) -> None:
         """Stop all threads and forget open shards. Iterators in progress end with an error."""
@@ -186,7 +260,7 @@ class ShardReader:
             )
         if self.dataset.kind == "images" and self.views is None:
             raise InputError(f"{url} holds whole images, and no view policy says how to crop them; give one")
-        if self.dataset.kind == "tokens" and (self.views is not None or self.center_crop):
+        if self.dataset.kind == "tokens" and (self.views or self.center_crop or self.augment):
             raise InputError(
                 f"{url} holds stored crops, which belong to their codes and cannot be cropped anew; "
                 "read the image dataset for other views"
@@ -196,37 +270,90 @@ class ShardReader:
         whole, rest = divmod(num_samples, self.batch_size)
         return whole + (1 if rest and not self.drop_last else 0)
 
-    def _plans(
-        self, order: Order | _SampleOrder, view: int, epoch: int, position: int
-    ) -> Iterator[_BatchPlan]:
-        end = order.num_samples
-        while position < end and not (self.drop_last and position + self.batch_size > end):
-            size = min(self.batch_size, end - position)
-            positions = rank_slice(position, size, self.rank, self.world_size, order.lanes)
-            shards, rows = order.locate(positions)
-            yield _BatchPlan(epoch, view, position, size, positions, shards, rows)
-            position += size
+    def _plans(self, order: Order | SampleOrder, position: int) -> Iterator[BatchPlan]:
+        return batch_plans(
+            order,
+            position,
+            self.batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            drop_last=self.drop_last,
+        )
 
-    def _order(self, view: int, epoch: int) -> Order | _SampleOrder:
+    def _order(self, view: int, epoch: int) -> Order | SampleOrder:
         sizes = self.dataset.shard_sizes(view)
         if not self.shuffle:
-            return _SampleOrder(sizes)
+            return SampleOrder(sizes)
         return Order(sizes, self.seed, epoch, self.lanes, self.window)
 
-    def _stream(self, plans: Iterator[_BatchPlan]) -> Iterator[SampleBatch]:
+    def _following(self, epoch: int) -> Iterator[tuple[int, int]]:
+        """(view, number) of the shards with which the next epoch begins, in the order of need."""
+        if not self.shuffle or epoch + 1 >= self.epochs:
+            return
+        view = view_of_epoch(self.dataset.num_views, self.seed, epoch + 1)
+        seen: set[int] = set()
+        for plan in self._plans(self._order(view, epoch + 1), 0):
+            for number in np.unique(plan.shards).tolist():
+                if number not in seen:
+                    seen.add(number)
+                    yield view, number
+
+    def _probe(self, dataset: Dataset) -> int:
+        """How many images of the decode probe this rank decoded as the writer did."""
+        tokens = dataset.kind == "tokens"
+        decode = decode_crop if tokens else lambda data: decode_image(data, self.decode)
+        probe = dataset.manifest.probe
+        mine = probe[self.rank :: self.world_size] or probe[:1]
+        for entry in mine:
+            shard = dataset.shard(entry.view - dataset.manifest.first_view, entry.number)
+            with named_failures(shard):
+                [found] = probe_shard(shard, [entry.row], decode)
+            if (found.key, found.sha256) != (entry.key, entry.sha256):
+                raise InputError(
+                    f"sample {entry.key} of {shard.tar} decodes to other pixels here than where it was "
+                    "written; install the library versions that its manifest names"
+                )
+        return len(mine)
+
+    def _stream(
+        self, order: Order | SampleOrder, view: int, epoch: int, position: int
+    ) -> Iterator[SampleBatch]:
         """Batches in order, with `prefetch` more being filled while the consumer is busy with one."""
         workers = self._started()
+        plans = Lookahead(
+            self._plans(order, position),
+            workers.cache,
+            view,
+            max_bytes=self._open_bytes(),
+            following=self._following(epoch),
+            ahead=self.num_threads > 0,
+        )
         ahead: deque[_PendingBatch] = deque()
+        asked = time.perf_counter()
         try:
-            for plan in plans:
-                ahead.append(self._begin(workers, plan))
+            for planned in plans:
+                ahead.append(self._begin(workers, planned, view, epoch))
                 if len(ahead) > self.prefetch:
-                    yield ahead.popleft().finished()
+                    yield self._delivered(plans, ahead.popleft(), asked)
+                    asked = time.perf_counter()
             while ahead:
-                yield ahead.popleft().finished()
+                yield self._delivered(plans, ahead.popleft(), asked)
+                asked = time.perf_counter()
         finally:
             for pending in ahead:
                 pending.cancel()
+
+    def _delivered(self, plans: Lookahead, pending: _PendingBatch, asked: float) -> SampleBatch:
+        batch = pending.finished()
+        plans.done(pending.planned)
+        self.telemetry.delivered(len(batch.sample_ids), time.perf_counter() - asked)
+        return batch
+
+    def _open_bytes(self) -> int:
+        """Tar bytes that this rank keeps open: its lanes' part of the cache, all where there is one lane."""
+        if not self.dataset.is_remote or self.lanes == 1:
+            return self.cache.bytes
+        return self.cache.bytes // min(self.world_size, self.lanes)
 
     def _started(self) -> _Workers:
         """The threads of this process: those of a parent do not survive a fork."""
@@ -234,18 +361,28 @@ class ShardReader:
             inline = self.num_threads == 0
             fetchers = _InlineExecutor() if inline else ThreadPoolExecutor(FETCH_THREADS, "shard-fetch")
             decoders = _InlineExecutor() if inline else ThreadPoolExecutor(self.num_threads, "shard-decode")
-            cache = ShardCache(self.dataset, fetchers, self.cache_bytes)
-            self._workers = _Workers(pid=os.getpid(), fetchers=fetchers, decoders=decoders, cache=cache)
+            cache = ShardCache(
+                self.dataset, fetchers, self._open_bytes(), NodeCache(self.cache), self.telemetry
+            )
+            self._workers = _Workers(
+                pid=os.getpid(),
+                fetchers=fetchers,
+                decoders=decoders,
+                cache=cache,
+                buffers=_Buffers(self.prefetch + 3),
+            )
         return self._workers
 
-    def _begin(self, workers: _Workers, plan: _BatchPlan) -> _PendingBatch:
-        """Ask for the batch's shards and have its samples decoded into place, a few at a time."""
-        size, tokens = len(plan.positions), self.dataset.kind == "tokens"
+    def _begin(self, workers: _Workers, planned: PlannedBatch, view: int, epoch: int) -> _PendingBatch:
+        """Have the batch's samples decoded into place, a few at a time."""
+        plan, tokens = planned.plan, self.dataset.kind == "tokens"
+        size, side = len(plan.positions), self.image_size if self.decoded else 0
         rows, columns = self.dataset.manifest.grid if tokens else (0, 0)
         batch = SampleBatch(
-            keys=[""] * size,
+            view=self.dataset.manifest.first_view + view,
             sample_ids=np.empty(size, np.int64),
-            pixels=np.empty((size, self.image_size, self.image_size, 3), np.uint8),
+            pixels=workers.buffers.take((size, side, side, 3)),
+            encoded=[] if self.decoded else [memoryview(b"")] * size,
             codes=np.empty((size, rows * columns), np.uint16) if tokens else None,
             labels=np.empty(size, np.int64),
             positions=plan.positions,
@@ -253,71 +390,80 @@ class ShardReader:
             next_position=plan.position + plan.global_size,
             global_size=plan.global_size,
         )
-        shards = {number: workers.cache.get(plan.view, number) for number in np.unique(plan.shards).tolist()}
+        chunk = CHUNK_SAMPLES if self.decoded else max(size, 1)
         chunks = [
-            workers.decoders.submit(
-                self._fill, batch, plan, shards, range(start, min(start + CHUNK_SAMPLES, size))
-            )
-            for start in range(0, size, CHUNK_SAMPLES)
+            workers.decoders.submit(self._fill, batch, planned, epoch, start, min(start + chunk, size))
+            for start in range(0, size, chunk)
         ]
-        return _PendingBatch(batch, chunks)
+        return _PendingBatch(batch, planned, chunks)
 
-    def _fill(
-        self, batch: SampleBatch, plan: _BatchPlan, shards: dict[int, Future[OpenShard]], places: range
-    ) -> None:
+    def _fill(self, batch: SampleBatch, planned: PlannedBatch, epoch: int, start: int, end: int) -> None:
         """Fill some places of a batch. Waits for shards, which threads of their own open: no deadlock."""
-        for place in places:
-            shard, row = shards[int(plan.shards[place])].result(), int(plan.rows[place])
-            sample_id = int(shard.sample_ids[row])
-            key = sample_key(sample_id, shard.info.view)
-            batch.keys[place] = key
-            batch.sample_ids[place] = sample_id
-            batch.labels[place] = shard.labels[row]
-            if batch.codes is not None and shard.codes is not None:
-                batch.codes[place] = shard.codes[row]
+        began = time.perf_counter()
+        numbers, rows = planned.plan.shards[start:end].tolist(), planned.plan.rows[start:end].tolist()
+        shards = {number: planned.shards[number].result() for number in set(numbers)}
+        opened = time.perf_counter()
+        for place, number, row in zip(range(start, end), numbers, rows, strict=True):
+            shard = shards[number]
             data = shard.image(row)
+            if not self.decoded:
+                batch.encoded[place] = data
+                continue
             try:
-                pixels = decode_crop(data) if self.views is None else self._crop(data, sample_id, plan.epoch)
+                if self.views is None:
+                    pixels = decode_crop(data, batch.pixels[place])
+                else:
+                    pixels = self._crop(bytes(data), int(shard.sample_ids[row]), epoch)
             except (Rejected, ValueError) as error:
+                key = namespaced_key(int(shard.sample_ids[row]), batch.view)
                 raise InputError(
                     f"sample {key} of {shard.info.tar} cannot be decoded ({error}); "
                     "verify the dataset, and decode with the settings it was prepared with"
                 ) from None
             if pixels.shape != batch.pixels.shape[1:]:
+                key = namespaced_key(int(shard.sample_ids[row]), batch.view)
                 raise InputError(
                     f"sample {key} of {shard.info.tar} is {pixels.shape[1]} x {pixels.shape[0]} pixels, not "
                     f"{self.image_size} x {self.image_size} as the manifest says; verify the dataset"
                 )
-            batch.pixels[place] = pixels
+            if self.views is not None:
+                batch.pixels[place] = pixels
+        self.telemetry.decoded(time.perf_counter() - opened, opened - began)
 
     def _crop(self, data: bytes, sample_id: int, epoch: int) -> np.ndarray:
         """The crop of a source image that an epoch sees, uint8 [S, S, 3]."""
-        policy = self.views
+        policy, own_id = self.views, sample_id % MAX_SAMPLE_ID
         assert policy is not None
         image = decode_image(data, self.decode)
         height, width = image.shape[:2]
         if self.center_crop:
-            view = center_view(policy, height=height, width=width)
+            view = center_view(policy, height=height, width=width, fraction=self.center_fraction)
         else:
             index = epoch
             if policy.views_per_image > 0:
                 index = view_of_epoch(policy.views_per_image, self.seed, epoch)
-            view = view_at(policy, sample_id, index, height=height, width=width)
+            view = view_at(policy, own_id, index, height=height, width=width)
         pixels = render(image, view, policy.interpolation)
-        return decode_crop(encode_crop(pixels, policy.jpeg_quality)) if self.stored_pixels else pixels
+        if self.stored_pixels:
+            pixels = decode_crop(encode_crop(pixels, policy.jpeg_quality))
+        return pixels if self.augment is None else self.augment(pixels, sample_id, epoch)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _BatchPlan:
-    """Where one rank's part of a batch lies."""
+def order_shape(dataset: Dataset, cache: CacheConfig) -> tuple[int, int]:
+    """(lanes, shards per window): the default, or what the cache has room for where shards are fetched.
 
-    epoch: int
-    view: int
-    position: int
-    global_size: int
-    positions: np.ndarray
-    shards: np.ndarray
-    rows: np.ndarray
+    The same on every rank and node that has the same settings. InputError where not even two shards fit.
+    """
+    if not dataset.is_remote:
+        return default_shape(dataset.num_shards)
+    largest = max(int(shard_bytes(dataset, view).max()) for view in range(dataset.num_views))
+    try:
+        return fitting_shape(dataset.num_shards, cache.bytes // max(largest, 1))
+    except ValueError:
+        raise InputError(
+            f"cache.bytes is {cache.bytes:,}, but a shard of {dataset.url} has up to {largest:,} bytes and "
+            f"one is read while the next is fetched; give at least {2 * largest:,}"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -325,6 +471,7 @@ class _PendingBatch:
     """A batch whose places are being filled."""
 
     batch: SampleBatch
+    planned: PlannedBatch
     chunks: list[Future[None]]
 
     def finished(self) -> SampleBatch:
@@ -335,7 +482,24 @@ class _PendingBatch:
             raise RuntimeError("the reader was closed while a batch was being read") from None
         finally:
             self.cancel()
+        self._look_up()
         return self.batch
+
+    def _look_up(self) -> None:
+        """Fill in what the indexes say, shard by shard: sample by sample it would cost too much."""
+        batch, plan = self.batch, self.planned.plan
+        by_shard = np.argsort(plan.shards, kind="stable")
+        numbers, rows = plan.shards[by_shard], plan.rows[by_shard]
+        cuts = [0, *(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
+        for first, end in pairwise(cuts):
+            if first == end:
+                return  # an empty part of a short batch
+            shard = self.planned.shards[int(numbers[first])].result()
+            places, found = by_shard[first:end], rows[first:end]
+            batch.sample_ids[places] = shard.sample_ids[found]
+            batch.labels[places] = shard.labels[found]
+            if batch.codes is not None and shard.codes is not None:
+                batch.codes[places] = shard.codes[found]
 
     def cancel(self) -> None:
         for chunk in self.chunks:
@@ -350,6 +514,32 @@ class _Workers:
     fetchers: Executor
     decoders: Executor
     cache: ShardCache
+    buffers: _Buffers
+
+
+class _Buffers:
+    """Pixel arrays of batches, taken again once nobody refers to them: touching new memory is not free.
+
+    Every view of an array, a torch tensor's too, refers to its owner: a batch that is kept never changes.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._owners: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...]) -> np.ndarray:
+        """An array of any content, which nothing else refers to."""
+        for place, owner in enumerate(self._owners):
+            # Three references: the list, the loop's variable, and the question.
+            if sys.getrefcount(owner) == 3:
+                if owner.shape == shape:
+                    return owner.view()
+                self._owners[place] = np.empty(shape, np.uint8)
+                return self._owners[place].view()
+        owner = np.empty(shape, np.uint8)
+        if len(self._owners) < self._most:
+            self._owners.append(owner)
+        return owner.view()
 
 
 class _InlineExecutor(Executor):
@@ -362,21 +552,6 @@ class _InlineExecutor(Executor):
         except Exception as error:
             future.set_exception(error)
         return future
-
-
-class _SampleOrder:
-    """Positions in the order of sample ids; one lane, so that a rank's part is contiguous."""
-
-    lanes = 1
-
-    def __init__(self, sizes: np.ndarray) -> None:
-        self._ends = np.cumsum(sizes)
-        self._starts = self._ends - sizes
-        self.num_samples = int(sizes.sum())
-
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        shards = np.searchsorted(self._ends, positions, side="right")  # "right" steps over empty shards
-        return shards, positions - self._starts[shards]
 
 
 def _prepared_decode(dataset: Dataset) -> DecodeConfig:

@@ -200,12 +200,13 @@ def encode_crop(pixels: np.ndarray, quality: int) -> bytes:
     return bytes(cast(bytes, encoded))
 
 
-def decode_crop(data: bytes) -> np.ndarray:
+def decode_crop(data: bytes | memoryview, out: np.ndarray | None = None) -> np.ndarray:
     """The pixels of a stored crop, uint8 [S, S, 3]; ValueError when the bytes are damaged.
 
+    `out`, contiguous uint8, gets the pixels where they fit into it, and the result is a view of it.
     Exact mode: the fast DCT and fast upsampling change pixels, and the codes belong to exactly these.
     """
-    return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
+    return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False, buffer=out)
 
 
 def _random_crop(policy: ViewPolicy, words: list[int], height: int, width: int) -> CropBox:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
-from pipeline.artifacts import claim, read_header
+from pipeline.artifacts import claim, claimed_config, read_header
 from pipeline.checkpoints import CheckpointStore, TrainState
 from pipeline.cluster import ClusterConfig, run_training
 from pipeline.config import identity
@@ -36,8 +36,11 @@ from pipeline.optim import (
 )
 from pipeline.step import RunningMeans, require_finite, synchronized, to_device
 from pipeline.worker import Worker
+from shards.corpus import SubsetConfig, open_corpus, split_urls
 from shards.manifest import Dataset, open_dataset
+from shards.node_cache import CacheConfig
 from shards.reader import ShardReader
+from shards.telemetry import ReaderReports
 from shards.views import ViewPolicy
 from tokenizer.artifact import save_tokenizer
 from tokenizer.quantizer import CodeStatistics, CodeUsage
@@ -54,7 +57,7 @@ class TokenizerTrainConfig:
     """
 
     images: str
-    """Image shards to train on, the output of prepare_images."""
+    """Image shards to train on, the output of prepare_images; or several, with commas between."""
     output: str
     """Where the tokenizer artifact goes: a folder or any fsspec URL."""
     val_images: str | None = None
@@ -65,6 +68,8 @@ class TokenizerTrainConfig:
     """The frozen model whose patch features the codes must predict."""
     views: ViewPolicy = ViewPolicy(scale=(0.08, 1.0), views_per_image=0)
     """Crops to train on; a new one of every image in every epoch."""
+    subset: SubsetConfig = SubsetConfig()
+    """Part of the images to train on instead of all."""
     optim: OptimConfig = OptimConfig(
         peak_lr=5e-5, lr_batch_size=128, betas=(0.9, 0.99), weight_decay=1e-4, clip_grad_norm=None
     )
@@ -81,6 +86,12 @@ class TokenizerTrainConfig:
     """Decides initial weights, order and crops."""
     decode_threads: int = 2
     """Threads per worker that decode and crop."""
+    cache: CacheConfig = CacheConfig()
+    """Where shards of a remote store are kept while they are read."""
+    lanes: int | None = None
+    """Lanes of the order; null takes 64, or what the cache has room for as it begins, and keeps to it."""
+    window: int | None = None
+    """Shards per window of the order; null as with lanes."""
     checkpoint_every_s: float = 600.0
     """Seconds between checkpoints; one is also written at the end of each epoch, and on SIGTERM."""
     checkpoint_keep: int = 2
@@ -103,25 +114,35 @@ PLACES = (
     "cluster",
     "micro_batch_size",
     "decode_threads",
+    "cache",
+    "subset",
     "checkpoint_every_s",
     "checkpoint_keep",
     "log_every_steps",
 )
-"""Settings that do not decide the result."""
+"""Settings that do not decide the result, or whose meaning the fingerprints of the inputs say."""
 
 
 def train_tokenizer(config: TokenizerTrainConfig) -> None:
     """Train, or finish training, the tokenizer at `config.output`."""
-    config = storage.absolute_places(config, "images", "val_images", "output")
-    config = dataclasses.replace(config, teacher=with_absolute_weights(config.teacher))
+    config = storage.absolute_places(config, "val_images", "output")
+    config = dataclasses.replace(
+        config, images=",".join(split_urls(config.images)), teacher=with_absolute_weights(config.teacher)
+    )
     output = config.output
-    images = open_dataset(config.images, "images")
+    images = open_corpus(config.images, "images", subset=config.subset)
     inputs = {"images": images.fingerprint}
     if config.val_images is not None:
         inputs["val_images"] = open_dataset(config.val_images, "images").fingerprint
     # Built here once already: a teacher that does not load or fit is refused before anything is written.
     inputs["teacher"] = _teacher(config, torch.device("cpu")).fingerprint
-    _reader(config, images, Worker()).close()
+    begun = claimed_config(output)
+    config = dataclasses.replace(
+        config, lanes=config.lanes or begun.get("lanes"), window=config.window or begun.get("window")
+    )
+    with _reader(config, images, Worker()) as reader:
+        # The order belongs to the run: with another cache it goes on at the next unseen sample too.
+        config = dataclasses.replace(config, lanes=reader.lanes, window=reader.window)
     finished = read_header(output, "tokenizer") is not None
     run = {"job": "train_tokenizer", "config": identity(config, PLACES), "inputs": inputs}
     claim(output, run, may_change=("config.batch_size",), finished=finished)
@@ -141,7 +162,7 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
     device = worker.device
 
     # Data: a rank's slices of the global batches.
-    images = open_dataset(config.images, "images")
+    images = open_corpus(config.images, "images", subset=config.subset)
     reader = _reader(config, images, worker)
     val_images = None if config.val_images is None else open_dataset(config.val_images, "images")
 
@@ -184,6 +205,7 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
     if worker.world_size > 1:
         replica = DistributedDataParallel(model, broadcast_buffers=False)
 
+    begun = reader.begin(state.epoch, state.position)
     log = MetricsLog(output, resume_step=state.step) if worker.is_main else None
     total = config.epochs * steps_per_epoch * config.batch_size
     done = state.epoch * steps_per_epoch * config.batch_size + state.position
@@ -192,8 +214,13 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
         print(
             f"{reader.num_samples:,} images, {config.epochs} epochs of {steps_per_epoch} steps of "
             f"{config.batch_size}, lr {config.optim.effective_lr(config.batch_size):.2e}, "
-            f"{worker.world_size} workers, {device}, {dtype}",
+            f"{worker.world_size} workers, {device}, {dtype}\n{begun}",
             flush=True,
+        )
+    reports = None
+    if worker.is_main:
+        reports = ReaderReports(
+            output, reader.telemetry, num_threads=config.decode_threads, resume_step=state.step
         )
 
     def checkpoint(epoch: int, position: int, chosen: CodeUsage, *, wait: bool = False) -> None:
@@ -263,6 +290,8 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
                 model.quantize.check_equal_on_all_ranks(worker)
                 if log is not None:
                     log.log(step, {**figures, "lr": lr(place), "grad_norm": float(grad_norm)})
+                if reports is not None:
+                    reports.at(step)
                 # Here the means are empty on every rank: a resumed run has the records of a straight one.
                 due = worker.agree(time.monotonic() - saved > config.checkpoint_every_s)
                 if due and not last_of_epoch:
@@ -294,7 +323,8 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
 
     reader.close()
     if worker.is_main:
-        assert log is not None and progress is not None
+        assert log is not None and progress is not None and reports is not None
+        reports.close()
         # Without validation images, the last epoch's training figures say what they can.
         kind = "train" if val_images is None else "val"
         save_tokenizer(
@@ -371,6 +401,10 @@ def _reader(
         shuffle=not validation,
         drop_last=not validation,
         num_threads=config.decode_threads,
+        lanes=None if validation else config.lanes,
+        window=None if validation else config.window,
+        epochs=0 if validation else config.epochs,
+        cache=config.cache,
     )
 
 

@@ -14,7 +14,7 @@ from pipeline.errors import InputError
 from pipeline.metrics import Progress
 from pipeline.step import to_device
 from pretrain.backbone import Backbone
-from shards.manifest import Dataset, read_shard_index
+from shards.manifest import Dataset
 from shards.reader import SampleBatch, ShardReader
 from shards.views import ViewPolicy
 
@@ -62,7 +62,8 @@ def extract_features(
 
 def read_labels(dataset: Dataset) -> Tensor:
     """Labels int64 [N] of a dataset's images, -1 where there is none, from its indexes alone."""
-    columns = (read_shard_index(shard, ("label",)).column("label") for shard in dataset.shards())
+    indexes = (dataset.read_index(0, number, ("label",)) for number in range(dataset.num_shards))
+    columns = (index.column("label") for index in indexes)
     parts = [np.asarray(column.fill_null(UNLABELLED).to_pylist(), dtype=np.int64) for column in columns]
     return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *parts]))
 

@@ -37,6 +37,7 @@ from pretrain.evals.features import (
     pixel_features,
     read_labels,
 )
+from shards.corpus import SubsetConfig, open_corpus
 from shards.manifest import Dataset, open_dataset
 
 ARTIFACT = "probe"
@@ -57,6 +58,8 @@ class ProbeConfig:
     """The backbone artifact, the output of pretrain_mim."""
     train: str
     """Image shards the classifier is trained on, an output of prepare_images."""
+    subset: SubsetConfig = SubsetConfig()
+    """Part of the images of train instead of all: some classes, or a frozen list."""
     val: str
     """Image shards the accuracy is measured on."""
     output: str
@@ -100,12 +103,13 @@ PLACES = (
     "train",
     "val",
     "output",
+    "subset",
     "cluster",
     "images_per_batch",
     "decode_threads",
     "require_labels",
 )
-"""Settings that do not decide the result."""
+"""Settings that do not decide the result, or whose meaning the fingerprints of the inputs say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +211,8 @@ def probe_linear(config: ProbeConfig) -> None:
         val=storage.absolute(config.val),
     )
     header = read_backbone_header(config.backbone)
-    train, val = open_dataset(config.train, "images"), open_dataset(config.val, "images")
+    train = open_corpus(config.train, "images", subset=config.subset)
+    val = open_dataset(config.val, "images")
     inputs = {"backbone": header["fingerprint"], "train": train.fingerprint, "val": val.fingerprint}
     settings = identity(config, PLACES)
 
@@ -244,7 +249,8 @@ def probe_linear(config: ProbeConfig) -> None:
 
 def run_probe(config: ProbeConfig) -> ProbeResult:
     """The whole measurement, in this process, on a GPU if it has one; writes nothing."""
-    train_set, val_set = open_dataset(config.train, "images"), open_dataset(config.val, "images")
+    train_set = open_corpus(config.train, "images", subset=config.subset)
+    val_set = open_dataset(config.val, "images")
     if (reason := why_not(train_set, val_set)) is not None:
         return ProbeResult(skipped=reason)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

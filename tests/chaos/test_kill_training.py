@@ -227,7 +227,7 @@ def test_two_workers_killed_on_a_cluster_end_with_the_same_bits(
 def test_sigterm_to_the_driver_has_its_workers_save(
     stages: dict[str, Stage], ray_head: RayHead, processes: Any, tmp_path: Path
 ) -> None:
-    """`ray job stop` and an ended pod: the only checkpoint in the middle of the epoch is the one it asked for."""
+    """`ray job stop` and an ended pod: the one checkpoint within an epoch is the one it asked for."""
     stage = stages["backbone"]
     cluster = ClusterConfig(num_workers=2, address=ray_head.address)
     config = dataclasses.replace(

@@ -20,6 +20,7 @@ from shards.build import ForeignTar, build_shard
 from shards.commit import Plan, commit, finish, pending, start
 from shards.decode import DecodeConfig, decode_image, decode_recipe
 from shards.manifest import Dataset, open_dataset
+from shards.node_cache import CacheConfig
 from shards.order import Order, view_of_epoch
 from shards.reader import SampleBatch, ShardReader
 from shards.samples import RejectedSample, StoredSample
@@ -216,8 +217,8 @@ def test_batches_do_not_depend_on_threads_or_cache(
     for settings in (
         {"num_threads": 1, "prefetch": 0},
         {"num_threads": 3, "prefetch": 4},
-        {"num_threads": 2, "prefetch": 2, "cache_bytes": 1},
-        {"num_threads": 0, "cache_bytes": 1},
+        {"num_threads": 2, "prefetch": 2, "cache": CacheConfig(bytes=1)},
+        {"num_threads": 0, "cache": CacheConfig(bytes=1)},
     ):
         assert_same(reader_of(tokens, seed=1, drop_last=False, **settings).batches(2), inline)
 
@@ -452,7 +453,11 @@ def test_a_reader_in_use_may_be_pickled_and_forked(tokens: Dataset) -> None:
 
 
 def test_remote_shards_are_fetched_once_and_again_when_damaged(
-    s3_url: str, tokens: Dataset, reader_of: Callable[..., ShardReader], monkeypatch: pytest.MonkeyPatch
+    s3_url: str,
+    tokens: Dataset,
+    reader_of: Callable[..., ShardReader],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for found in storage.list_files(tokens.url):  # a finished dataset may be copied with any tool
         storage.put(storage.join(s3_url, found.url.removeprefix(tokens.url)), storage.read(found.url))
@@ -464,8 +469,8 @@ def test_remote_shards_are_fetched_once_and_again_when_damaged(
     ]
     read = storage.read
 
-    def flaky(url: str, start: int = 0, length: int | None = None) -> bytes:
-        data = read(url, start, length)
+    def flaky(url: str, start: int = 0, length: int | None = None, **how: Any) -> bytes:
+        data = read(url, start, length, **how)
         if url.endswith(".tar"):
             fetched.append(url)
             return faults.pop()(data) if faults else data
@@ -473,9 +478,60 @@ def test_remote_shards_are_fetched_once_and_again_when_damaged(
 
     monkeypatch.setattr(cache.storage, "read", flaky)
     expected = list(reader_of(tokens, batch_size=3).batches(0))
-    assert_same(reader_of(remote, batch_size=3, num_threads=2).batches(0), expected)
+    kept = CacheConfig(folder=str(tmp_path / "kept"))
+    assert_same(reader_of(remote, batch_size=3, num_threads=2, cache=kept).batches(0), expected)
     assert len(fetched) == 4 + 2 and len(set(fetched)) == 4  # four shards with samples, two transfers damaged
 
     faults += [lambda data: data[:-1]] * 4
     with pytest.raises(InputError, match=r"s3://.*\.tar of shard v0\d-0000\d is damaged"):
-        list(reader_of(remote, batch_size=3).batches(0))
+        list(reader_of(remote, batch_size=3, cache=CacheConfig(folder=str(tmp_path / "other"))).batches(0))
+
+    # Another run on the node finds them; one that was damaged on its disk meanwhile is fetched again.
+    faults.clear()
+    fetched.clear()
+    with reader_of(remote, batch_size=3, cache=kept) as reader:
+        assert_same(reader.batches(0), expected)
+        assert (fetched, reader.telemetry.take().cache_hits) == ([], 4)
+    flip(next(path for path in sorted((tmp_path / "kept").iterdir()) if not path.name.startswith(".")))
+    assert_same(reader_of(remote, batch_size=3, cache=kept).batches(0), expected)
+    assert len(fetched) == 1
+
+
+def test_a_reader_says_what_it_begins_with_and_refuses_another_decoder(
+    tokens: Dataset, images: Dataset, reader_of: Callable[..., ShardReader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = reader_of(tokens, batch_size=21).begin(0)
+    assert tokens.fingerprint[:12] in said and "1 lanes of 5 shards" in said and "4 shards with" in said
+    assert f"{len(tokens.manifest.probe)} images of the decode probe agree" in said
+    parts = [reader_of(tokens, rank=rank, world_size=3)._probe(tokens) for rank in range(3)]
+    assert sum(parts) == len(tokens.manifest.probe)
+    assert "no shards" not in reader_of(images, views=POLICY).begin(3, 21)
+    monkeypatch.setattr("shards.reader.decode_crop", lambda data: decode_crop(data) ^ 1)
+    with pytest.raises(InputError, match=r"sample \d{10}-0\d of .*\.tar decodes to other pixels here"):
+        reader_of(tokens).begin(0)
+
+
+def test_what_is_kept_of_a_batch_never_changes(
+    tokens: Dataset, reader_of: Callable[..., ShardReader]
+) -> None:
+    """Arrays are used again, but not while anything refers to a part of them."""
+    expected = np.concatenate([batch.pixels.copy() for batch in reader_of(tokens).batches(0)])
+    kept: list[Any] = []
+    reader, places = reader_of(tokens, num_threads=2), set()
+    for epoch in (0, 3, 6):  # the same view, mostly in another order
+        for number, batch in enumerate(reader.batches(epoch)):
+            places.add(batch.pixels.ctypes.data)
+            if epoch == 0:
+                kept.append(batch.pixels[1:3] if number % 2 else memoryview(batch.pixels)[1:3])
+            del batch
+    for number, part in enumerate(kept):
+        assert np.array_equal(np.asarray(part), expected[5 * number + 1 : 5 * number + 3])
+    assert len(places) < 12
+
+
+def test_images_may_stay_encoded(tokens: Dataset, reader_of: Callable[..., ShardReader]) -> None:
+    expected = list(reader_of(tokens, seed=4).batches(2))
+    encoded = reader_of(tokens, seed=4, decoded=False, num_threads=2).batches(2)
+    for batch, other in zip(encoded, expected, strict=True):
+        assert (batch.keys, batch.pixels.shape) == (other.keys, (5, 0, 0, 3))
+        assert np.array_equal([decode_crop(data) for data in batch.encoded], other.pixels)

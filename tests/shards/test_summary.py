@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError
+from shards import manifest as manifest_module
 from shards import summary as summary_module
 from shards.commit import items
 from shards.index import codes_of
@@ -105,7 +106,7 @@ def test_one_index_is_held_at_a_time(
     """Memory stays flat: no table of an earlier shard is alive when the next one is read."""
     alive: list[weakref.ref[Any]] = []
     most = 0
-    read = summary_module.read_shard_index
+    read = manifest_module.read_shard_index
 
     def watched(*arguments: Any) -> Any:
         nonlocal most
@@ -116,7 +117,7 @@ def test_one_index_is_held_at_a_time(
         return table
 
     small_dataset(first_ids=tuple(range(0, 24, 3)), rejected={}).write(str(tmp_path))
-    monkeypatch.setattr(summary_module, "read_shard_index", watched)
+    monkeypatch.setattr(manifest_module, "read_shard_index", watched)
     summarize(open_dataset(str(tmp_path)))
     assert len(alive) == 15 and most <= 1  # the previous one may still bear its name
 
