@@ -23,7 +23,7 @@ quickstart-clean: ## Removes what quickstart and demo wrote.
 	rm -rf runs/quickstart runs/quickstart-* runs/demo runs/demo-*
 
 test: .venv/.installed ## The tests that take seconds.
-	.venv/bin/python -m pytest -m "not slow and not chaos" -n 2 --dist loadgroup
+	.venv/bin/python -m pytest -m "not slow and not chaos" -n 2
 
 test-slow: .venv/.installed ## The tests that take minutes.
 	.venv/bin/python -m pytest -m slow

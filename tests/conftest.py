@@ -49,12 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes, one of them takes all tests that share the cluster, and begins at once."""
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+    """What waits for a cluster comes first, so that other tests fill the gaps of the other test process."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
