@@ -1,8 +1,6 @@
 # One command each; `make` lists them. Everything runs in .venv, which the first target that needs it creates.
 
 PYTHON ?= python3
-# OpenMP threads that wait give their core away: faster beside other work, no slower alone.
-export OMP_WAIT_POLICY ?= PASSIVE
 QUICKSTART = .venv/bin/python -m jobs.run_pipeline --config jobs/configs/quickstart/pipeline.yaml
 DEMO = .venv/bin/python -m jobs.run_pipeline --config jobs/configs/demo/pipeline.yaml
 # With IMAGES=/some/folder a run has an output of its own, named after the folder.

@@ -406,9 +406,6 @@ def _connect(cluster: ClusterConfig) -> Any:
         # No runtime_env here: inside a job it would have to be merged with the job's own.
         ray.init(address=cluster.address, log_to_driver=True)
     else:
-        # Workers inherit it: OpenMP threads that wait give their core away instead of spinning on it, which
-        # costs nothing alone and keeps the forward pass from waiting twice for whoever shares the cores.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, cluster.num_workers * (cluster.cpus_per_worker or 1)),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import threading
 import time
 from collections import deque
@@ -135,6 +136,9 @@ class WritePass:
 
 def precompute_shards(config: PrecomputeConfig) -> Manifest:
     """Write all missing shards, then the manifest; returns it, or that of what was added last."""
+    # For the workers of a Ray that this job starts: OpenMP threads that wait give their core to the cropping
+    # instead of spinning on it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     config = storage.absolute_places(config, *PLACES)
     passes = planned_passes(config, device_type(config.cluster))
     return [_write(config, one) for one in passes][-1]
