@@ -50,6 +50,7 @@ from pretrain.finetune_init import (
     save_finetuned,
 )
 from pretrain.layer_decay import layerwise_groups, set_layerwise_lr
+from shards.corpus import SubsetConfig, open_corpus, split_urls
 from shards.manifest import Dataset, open_dataset
 from shards.reader import SampleBatch, ShardReader
 from shards.views import CENTER_FRACTION, ViewPolicy
@@ -72,7 +73,9 @@ class FinetuneConfig:
     """
 
     train: str
-    """Image shards to train on, an output of prepare_images."""
+    """Image shards to train on, an output of prepare_images; several with commas between them."""
+    subset: SubsetConfig = SubsetConfig()
+    """Part of the images of train instead of all: some classes, or a frozen list."""
     output: str
     """Where the classifier goes: a folder or any fsspec URL; last/ in it is that of the last epoch."""
     val: str | None = None
@@ -150,6 +153,7 @@ class FinetuneConfig:
 
 PLACES = (
     "train",
+    "subset",
     "val",
     "output",
     "backbone",
@@ -161,7 +165,7 @@ PLACES = (
     "checkpoint_keep",
     "log_every_steps",
 )
-"""Settings that do not decide the result."""
+"""Settings that do not decide the result, or whose meaning the fingerprints of the inputs say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +188,10 @@ class Finetuning:
 
 def finetune_classifier(config: FinetuneConfig) -> None:
     """Fine-tune, or finish fine-tuning, the classifier at `config.output`."""
-    config = storage.absolute_places(config, "train", "val", "output", "backbone", "tokenizer")
+    config = storage.absolute_places(config, "val", "output", "backbone", "tokenizer")
+    config = dataclasses.replace(
+        config, train=",".join(split_urls(config.train)), subset=config.subset.absolute()
+    )
     config = dataclasses.replace(config, teacher=with_absolute_weights(config.teacher))
     output = config.output
     train, val = open_splits(config)
@@ -442,7 +449,7 @@ def sum_scores(
 
 def open_splits(config: FinetuneConfig) -> tuple[Dataset, Dataset | None]:
     """The training and the validation images; InputError for one that is not there."""
-    train = open_dataset(config.train, "images")
+    train = open_corpus(config.train, "images", subset=config.subset)
     return train, None if config.val is None else open_dataset(config.val, "images")
 
 

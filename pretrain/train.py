@@ -151,6 +151,7 @@ class Batch:
 def pretrain_mim(config: PretrainConfig) -> None:
     """Pretrain, or finish pretraining, the backbone at `config.output`."""
     config = storage.absolute_places(config, "output", "tokenizer")
+    config = replace(config, subset=config.subset.absolute())
     if config.shards is not None:
         config = replace(config, shards=",".join(split_urls(config.shards)))
     if config.images is not None:

@@ -43,6 +43,10 @@ class SubsetConfig:
         """True where nothing is left out."""
         return self.labels is None and self.ids is None
 
+    def absolute(self) -> SubsetConfig:
+        """The same, with the list under a name that is valid in any process."""
+        return self if self.ids is None else dataclasses.replace(self, ids=storage.absolute(self.ids))
+
 
 def namespaced_key(sample_id: int, view: int) -> str:
     """`0000000042-00`, or `1/0000000042-00` for an id of the second of several datasets.

@@ -36,6 +36,7 @@ from pretrain.finetune import FinetuneConfig, Finetuning, check_labels, finetune
 from pretrain.finetune_init import Goal, from_backbone, from_scratch, from_teacher, from_tokenizer
 from shards.build import build_shard
 from shards.commit import commit, finish, pending, start
+from shards.corpus import SubsetConfig
 from shards.decode import DecodeConfig, decode_image
 from shards.manifest import open_dataset
 from shards.plan import Plan
@@ -200,6 +201,21 @@ def test_it_learns_eight_images_and_leaves_a_classifier(
     assert header["inputs"].keys() == {"train", "val", "backbone"}
     assert CheckpointStore(output).latest() is None
     assert model(model.normalize(_pictures())).shape == (3, 4)
+
+
+def test_a_frozen_list_of_the_training_images(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ids.txt").write_text("0\n1\n2\n3\n6\n")
+    monkeypatch.chdir(tmp_path)  # a relative place is made absolute before any worker sees it
+    config = make_config(tmp_path / "out", subset=SubsetConfig(ids="ids.txt"), epochs=1)
+    finetune_classifier(config)
+    assert "5 images of 4 classes" in capsys.readouterr().out
+    header = load_classifier(str(tmp_path / "out"))[1]
+    whole = open_dataset(config.train).fingerprint
+    assert header["inputs"]["train"] not in ("", whole) and header["class_names"] == list(NAMES)
+    with pytest.raises(InputError, match="another"):
+        finetune_classifier(make_config(tmp_path / "out", epochs=1))
 
 
 def test_all_augmentation_is_on_by_default_and_changes_the_run(
