@@ -2,8 +2,9 @@
 
 python -m benchmarks.reader [--images FOLDER] [--samples 4000] [--rounds 5] [--plot reader.png]
 
-One line of JSON per case (store x workers), one for reading without decoding, one for the order; the first
-describes the machine. Within a case the loops take turns, `rounds` times, and medians count:
+One line of JSON per case (store x workers), two for a consumer with a pace of its own, one for reading
+without decoding, one for the first batch after a resume, one for the order; the first describes the machine. Within a case the loops take turns,
+`rounds` times, and medians count:
 
 - `decode_only`: decodes the crops from memory into one array, with as many threads as the reader has workers;
 - `reader`: `ShardReader`, as training uses it, with codes;
@@ -13,7 +14,10 @@ describes the machine. Within a case the loops take turns, `rounds` times, and m
 `s3` is moto's server behind a proxy that holds every answer back for 30 ms. A round of the reader begins
 there with an empty cache, and its time counts from the first batch on; `first_batch_s` is what came before.
 Locally the rounds are epochs of one reader, as in training, after one that hashes: `first_epoch_per_s`.
-With 0 workers the calling thread decodes. Leave the machine idle meanwhile.
+With 0 workers the calling thread decodes. The paced cases read two epochs from `s3`, with a cache for all
+shards and with one for half of them, and sleep between batches as if a training step took that long:
+`wait_share` is the part of the time after the first batch in which such a step would wait for data. Leave
+the machine idle meanwhile.
 """
 
 from __future__ import annotations
@@ -52,15 +56,17 @@ from shards.build import build_shard
 from shards.commit import commit, finish, pending, start
 from shards.manifest import Dataset, open_dataset
 from shards.node_cache import CacheConfig
-from shards.order import Order
+from shards.order import DEFAULT_LANES, Order
 from shards.plan import Plan
 from shards.reader import ShardReader
 from shards.samples import StoredSample
+from shards.telemetry import ReaderFigures
 from shards.views import CropBox, decode_crop, encode_crop
 
 DELAY_S = 0.03
 GRID = (14, 14)
 CODEBOOK_SIZE = 8192
+TOKENS, MANY_SHARDS = "tokens", "many_shards"
 LOOPS = ("decode_only", "reader", "web_loader", "lean_webdataset")
 
 
@@ -84,6 +90,8 @@ class BenchmarkConfig:
     """Where the tars lie."""
     rounds: int = 5
     """How often the loops take turns."""
+    pace: float = 0.6
+    """Rate at which the paced cases take samples, as a part of decoding alone in as many threads."""
     order_samples: int = 1_281_167
     """Samples of the order that is timed."""
     plot: str | None = None
@@ -95,15 +103,22 @@ def main(config: BenchmarkConfig) -> None:
     print(json.dumps(_machine()), flush=True)
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="reader-bench-") as folder:
-        local = os.path.join(folder, "tokens")
-        _write(config, local)
+        local = os.path.join(folder, "data")
+        _write(config, os.path.join(local, TOKENS), config.samples_per_shard)
+        if "s3" in config.stores:
+            # More shards than lanes, so that most are fetched while others are read.
+            _write(config, os.path.join(local, MANY_SHARDS), max(1, config.samples // (2 * DEFAULT_LANES)))
         with contextlib.ExitStack() as stack:
             for store in config.stores:
                 root = local if store == "local" else stack.enter_context(_slow_s3(local))
                 for workers in config.workers:
-                    results.append(_case(config, store, root, workers, folder))
+                    results.append(_case(config, store, storage.join(root, TOKENS), workers, folder))
                     print(json.dumps(results[-1]), flush=True)
-        print(json.dumps(_without_decode(config, local)), flush=True)
+                for part in (1.0, 0.5) if store == "s3" else ():
+                    case = _paced(config, storage.join(root, MANY_SHARDS), folder, part)
+                    print(json.dumps(case), flush=True)
+        print(json.dumps(_without_decode(config, os.path.join(local, TOKENS))), flush=True)
+        print(json.dumps(_resume(config, os.path.join(local, TOKENS))), flush=True)
     print(json.dumps(_order(config)), flush=True)
     if config.plot is not None:
         _draw(results, config.plot)
@@ -155,6 +170,46 @@ def _case(config: BenchmarkConfig, store: str, root: str, workers: int, folder: 
         "first_batch_s": round(statistics.median(first_batches), 3) if first_batches else None,
         "first_epoch_per_s": None if first_epoch is None else round(first_epoch, 1),
         "runs": {name: [round(rate, 1) for rate in found] for name, found in rates.items()},
+    }
+
+
+def _paced(config: BenchmarkConfig, root: str, folder: str, part: float) -> dict[str, Any]:
+    """What a loop whose steps take a fixed time waits for, with a cache for a part of all shards."""
+    dataset, workers, cache = open_dataset(root), max(config.workers), os.path.join(folder, "paced")
+    step_s = config.batch_size / (config.pace * _decode_only(config, _crops(dataset), workers))
+    shutil.rmtree(cache, ignore_errors=True)
+    total = int(dataset.shard_bytes(0).sum())
+    bound = int(part * total)
+    reader = ShardReader(
+        dataset,
+        batch_size=config.batch_size,
+        num_threads=workers,
+        epochs=2,
+        cache=CacheConfig(folder=cache, bytes=bound),
+    )
+    first_s, most, epochs, began = 0.0, 0, list[ReaderFigures](), time.perf_counter()
+    with reader:
+        for epoch in range(2):
+            for batch in reader.batches(epoch):
+                if epoch == batch.position == 0:
+                    first_s = time.perf_counter() - began
+                    reader.telemetry.take()
+                time.sleep(step_s)
+                if batch.position % (16 * config.batch_size) == 0:
+                    most = max(most, sum(entry.stat().st_size for entry in os.scandir(cache)))
+            epochs.append(reader.telemetry.take())
+    return {
+        "case": f"reader, paced, s3, {workers} workers, a cache for {part:.0%} of {total / 1e6:.0f} MB",
+        "step_ms": round(1e3 * step_s, 1),
+        "lanes": reader.lanes,
+        "shards": dataset.num_shards,
+        "first_batch_s": round(first_s, 3),
+        "wait_share": [round(figures.wait_share, 4) for figures in epochs],
+        "gets": [figures.gets for figures in epochs],
+        "get_p50_s": round(epochs[0].get_p50_s, 4),
+        "samples_per_s": [round(figures.samples_per_s, 1) for figures in epochs],
+        "cache_mb": round(bound / 1e6, 1),
+        "largest_mb": round(most / 1e6, 1),
     }
 
 
@@ -281,6 +336,22 @@ def _without_decode(config: BenchmarkConfig, root: str) -> dict[str, Any]:
     return {"case": "reader without decoding", "us_per_sample": round(statistics.median(found), 2)}
 
 
+def _resume(config: BenchmarkConfig, root: str) -> dict[str, Any]:
+    """Seconds until a new reader gives its first batch, at the start of an epoch and near its end."""
+    found: dict[str, list[float]] = {}
+    last = config.samples // config.batch_size - 1
+    for _ in range(config.rounds):
+        for name, position in (("start", 0), ("end", last * config.batch_size)):
+            began = time.perf_counter()
+            with ShardReader(open_dataset(root), batch_size=config.batch_size) as reader:
+                next(reader.batches(0, position))
+                found.setdefault(name, []).append(time.perf_counter() - began)
+    return {
+        "case": "first batch of a new reader, shards hashed included",
+        **{f"at_{name}_s": round(statistics.median(seconds), 4) for name, seconds in found.items()},
+    }
+
+
 def _order(config: BenchmarkConfig) -> dict[str, Any]:
     """Seconds for all places of an epoch, and memory and time to resume in one of a billion."""
     shards = max(config.order_samples // 2000, 1)
@@ -310,9 +381,9 @@ def _order(config: BenchmarkConfig) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------- data, stores
 
 
-def _write(config: BenchmarkConfig, root: str) -> None:
+def _write(config: BenchmarkConfig, root: str, samples_per_shard: int) -> None:
     """Token shards of random crops with random codes."""
-    bounds = [*range(0, config.samples, config.samples_per_shard), config.samples]
+    bounds = [*range(0, config.samples, samples_per_shard), config.samples]
     side = config.image_size
     spec = {"fingerprint": "0" * 64, "grid": list(GRID), "codebook_size": CODEBOOK_SIZE, "image_size": side}
     plan = Plan(
@@ -373,7 +444,7 @@ def _sample(config: BenchmarkConfig, number: int, photograph: Image.Image) -> St
 
 @contextlib.contextmanager
 def _slow_s3(local: str) -> Iterator[str]:
-    """The dataset in a bucket whose every answer comes 30 ms late."""
+    """The datasets of a folder in a bucket whose every answer comes 30 ms late."""
     from tests.chaos.proxy import FaultProxy, Faults
 
     with socket.socket() as probe:
@@ -399,9 +470,9 @@ def _slow_s3(local: str) -> Iterator[str]:
                 AWS_ENDPOINT_URL=proxy.endpoint,
             )
             for found in storage.list_files(local):
-                storage.put(f"s3://bench/tokens{found.url.removeprefix(local)}", storage.read(found.url))
+                storage.put(f"s3://bench{found.url.removeprefix(local)}", storage.read(found.url))
             proxy.faults = Faults(delay=1.0, delay_s=DELAY_S)
-            yield "s3://bench/tokens"
+            yield "s3://bench"
     finally:
         server.terminate()
         server.wait(30)
