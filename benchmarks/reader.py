@@ -3,8 +3,8 @@
 python -m benchmarks.reader [--images FOLDER] [--samples 4000] [--rounds 5] [--plot reader.png]
 
 One line of JSON per case (store x workers), two for a consumer with a pace of its own, one for reading
-without decoding, one for the first batch after a resume, one for the order; the first describes the machine. Within a case the loops take turns,
-`rounds` times, and medians count:
+without decoding, one for the first batch after a resume, one for the order; the first describes the machine.
+Within a case the loops take turns, `rounds` times, and medians count:
 
 - `decode_only`: decodes the crops from memory into one array, with as many threads as the reader has workers;
 - `reader`: `ShardReader`, as training uses it, with codes;
