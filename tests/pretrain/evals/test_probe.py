@@ -1,150 +1,33 @@
 from __future__ import annotations
 
-import io
+import dataclasses
 import json
-import math
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor
 
+from pipeline.config import parse
 from pipeline.errors import InputError
-from pipeline.metrics import Progress
-from pretrain.backbone import Backbone, BackboneConfig, save_backbone
-from pretrain.evals.features import (
-    FeatureSet,
-    backbone_features,
-    extract_features,
-    pixel_features,
-    read_labels,
-)
+from pretrain.evals.features import FeatureSet, read_labels
+from pretrain.evals.knn import knn_predictions
+from pretrain.evals.linear import LabelledFeatures
 from pretrain.evals.probe import (
-    LabelledFeatures,
     ProbeConfig,
-    choose_lr,
-    compare,
     probe_features,
     probe_linear,
     run_probe,
-    train_classifiers,
     translate_labels,
-    wilson_interval,
 )
-from pretrain.mim import MIM, MIMConfig, PatchAggregationConfig, mim_header
-from shards.build import build_shard
-from shards.commit import Plan, commit, finish, pending, start
-from shards.decode import DecodeConfig, decode_image
 from shards.manifest import open_dataset
-from shards.samples import StoredSample
 
-CPU = torch.device("cpu")
-BACKBONE = BackboneConfig(image_size=16, patch_size=4, width=32, depth=2, heads=2)
+CONFIGS = Path(__file__).resolve().parents[3] / "jobs" / "configs"
 
 
 def settings(**changes: object) -> ProbeConfig:
     places = {"backbone": "b", "train": "t", "val": "v", "output": "o"}
     return ProbeConfig(**{**places, "epochs": 15, **changes})  # type: ignore[arg-type]
-
-
-# ------------------------------------------------------------------------------------------------ statistics
-
-
-@pytest.mark.parametrize(("successes", "trials"), [(0, 10), (1, 10), (5, 10), (37, 400), (400, 400), (1, 1)])
-def test_wilson_interval_solves_its_defining_equation(successes, trials):
-    """Its ends are the shares p from which the observed one lies 1.96 standard errors *of p* away."""
-    low, high = wilson_interval(successes, trials)
-    share = successes / trials
-    assert 0.0 <= low <= share <= high <= 1.0
-    for end in (low, high):
-        if 0.0 < end < 1.0:
-            assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / trials))
-
-
-def test_paired_interval_covers_the_true_difference_and_is_tighter_than_two_intervals():
-    rng = np.random.default_rng(0)
-    trials, images, covered = 400, 150, 0
-    for _ in range(trials):
-        difficulty = rng.random(images)
-        ours, theirs = difficulty < 0.6, difficulty + rng.normal(0, 0.05, images) < 0.5
-        truth = 0.1  # by symmetric noise, far from the ends
-        found = compare(torch.from_numpy(ours), torch.from_numpy(theirs), of="a", over="b")
-        assert found.difference == pytest.approx(ours.mean() - theirs.mean())
-        covered += found.low <= truth <= found.high
-        apart = sum(np.diff(wilson_interval(int(x.sum()), images))[0] for x in (ours, theirs))
-        assert found.high - found.low < 0.7 * apart
-    assert 0.92 <= covered / trials <= 0.99
-
-
-@pytest.mark.parametrize(
-    ("only_ours", "only_theirs", "verdict"),
-    [(30, 5, "gain"), (5, 30, "loss"), (12, 9, "within"), (0, 0, "within")],
-)
-def test_verdict_needs_an_interval_without_zero(only_ours, only_theirs, verdict):
-    ours = torch.tensor([True] * only_ours + [False] * only_theirs + [True] * 100)
-    theirs = torch.tensor([False] * only_ours + [True] * only_theirs + [True] * 100)
-    found = compare(ours, theirs, of="a", over="b")
-    assert found.verdict == verdict
-    assert found.low <= found.difference <= found.high
-
-
-# ------------------------------------------------------------------------------------------------ classifier
-
-
-def blobs(num: int, spread: float, seed: int, classes: int = 4, width: int = 12) -> LabelledFeatures:
-    """Normal clusters around fixed centres, with offsets and scales that standardising must undo."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
-    labels = torch.randint(0, classes, (num,), generator=generator)
-    features = centres[labels] + spread * torch.randn(num, width, generator=generator)
-    scales = 10.0 ** torch.arange(-3, width - 3, dtype=torch.float32).remainder(7)
-    return LabelledFeatures(features * scales + 5 * scales, labels, classes)
-
-
-def test_classifier_reaches_the_bayes_rate():
-    train, test = blobs(2000, 1.0, seed=0), blobs(2000, 1.0, seed=1)
-    centres = torch.stack([train.features[train.labels == k].mean(dim=0) for k in range(4)])
-    within = torch.cat([train.features[train.labels == k] - centres[k] for k in range(4)]).std(dim=0)
-    bayes = torch.cdist(test.features / within, centres / within).argmin(dim=1) == test.labels
-    [fit] = train_classifiers(train, test, [1e-2], settings(), CPU)
-    assert fit.correct.double().mean() == pytest.approx(bayes.double().mean().item(), abs=0.02)
-
-
-def test_classifiers_of_a_sweep_do_not_touch_each_other():
-    train, test = blobs(300, 1.0, seed=0), blobs(200, 1.0, seed=1)
-    together = train_classifiers(train, test, [1e-5, 1e-3, 1e-1], settings(), CPU)
-    for lr, fit in zip([1e-5, 1e-3, 1e-1], together, strict=True):
-        [alone] = train_classifiers(train, test, [lr], settings(), CPU)
-        assert torch.equal(alone.correct, fit.correct) and alone.loss == pytest.approx(fit.loss)
-    assert len({round(fit.loss, 4) for fit in together}) == 3
-
-
-def test_constant_features_carry_nothing_and_break_nothing():
-    train, test = blobs(300, 0.3, seed=0), blobs(200, 0.3, seed=1)
-    constant = torch.full((300, 1), 3.0), torch.full((200, 1), 1e6)
-    wider = [
-        LabelledFeatures(torch.cat([part.features, column], dim=1), part.labels, 4)
-        for part, column in zip((train, test), constant, strict=True)
-    ]
-    [plain] = train_classifiers(train, test, [1e-2], settings(), CPU)
-    [padded] = train_classifiers(wider[0], wider[1], [1e-2], settings(), CPU)
-    assert plain.loss == pytest.approx(padded.loss, rel=1e-4)
-
-
-def test_learning_rate_is_chosen_on_held_out_training_images():
-    data = blobs(400, 1.5, seed=0)
-    config = settings(lrs=(1e-7, 3e-3, 1e4), holdout=0.25)
-    lr, accuracy = choose_lr(data, config, CPU)
-    assert lr == 3e-3
-    order = torch.randperm(400, generator=torch.Generator().manual_seed(config.seed))
-    [expected] = train_classifiers(data.rows(order[100:]), data.rows(order[:100]), [lr], config, CPU)
-    assert accuracy == pytest.approx(expected.correct.double().mean().item())
-    # Another seed holds out other images.
-    assert choose_lr(data, settings(lrs=(3e-3,), seed=1), CPU) != choose_lr(data, settings(lrs=(3e-3,)), CPU)
 
 
 # ------------------------------------------------------------------------------------------------ protocol
@@ -206,6 +89,59 @@ def test_a_gain_inside_its_interval_is_called_that():
     assert result.to_json()["comparisons"][0]["verdict"] == "within"
 
 
+def test_knn_is_reported_for_every_k_of_every_normed_input():
+    train, val = features(400, 0, STRENGTH), features(300, 1, STRENGTH)
+    result = probe_features(train, val, settings(epochs=1, knn=(5, 1)), aggregated=True)
+    assert {(one.model, one.input, one.k) for one in result.knn} == {
+        (*name.split("."), k) for name in STRENGTH if name != "pixels.raw" for k in (1, 5)
+    }
+    labels = [part.labels.sub(2).clamp_max(4).floor_divide(2) for part in (train, val)]  # 2, 5, 7 -> 0, 1, 2
+    bank, queries = (
+        LabelledFeatures(part.inputs["pretrained.cls"], own, 3)
+        for part, own in zip((train, val), labels, strict=True)
+    )
+    [predicted] = knn_predictions(bank, queries, (5,), "cpu")
+    [score] = [one for one in result.knn if one.label == "pretrained [CLS]" and one.k == 5]
+    assert score.top1 == pytest.approx((predicted == queries.labels).double().mean().item())
+    assert score.low < score.top1 < score.high
+    [row] = [
+        line for line in result.table().splitlines() if line.count("%") == 2 and "pretrained [CLS]" in line
+    ]
+    assert f"{100 * score.top1:.1f} %" in row
+    assert probe_features(train, val, settings(epochs=1, knn=()), aggregated=True).knn == ()
+
+
+def test_the_best_layer_is_chosen_without_looking_at_val():
+    """Val is made so that another layer is best there; the one of the held-out images is reported."""
+    layers = {"pretrained.layer1": 0.5, "pretrained.layer2": 1.5, "pretrained.layer3": 0.9}
+    plain = {"pretrained.cls": 1.0, "pretrained.mean_patch": 1.0}
+    train = features(600, 0, plain | layers)
+    val = features(300, 1, plain | layers | {"pretrained.layer2": 0.0, "pretrained.layer3": 3.0})
+    result = probe_features(train, val, settings(), aggregated=True)
+    assert [score.layer for score in result.layers] == [1, 2, 3]
+    assert max(result.layers, key=lambda one: one.top1).layer == 3
+    assert result.best_layer == 2
+    assert {score.input for score in result.scores} == {"cls", "mean_patch"}
+    assert {one.input for one in result.knn} == {"cls", "mean_patch"}
+    best = [line for line in result.table().splitlines() if "best on the held-out images" in line]
+    assert len(best) == 1 and "pretrained layer 2" in best[0]
+    assert [one["label"] for one in result.to_json()["layers"]] == [
+        f"pretrained layer {i}" for i in (1, 2, 3)
+    ]
+
+
+def test_a_rate_at_the_end_of_the_sweep_is_said_aloud():
+    train, val = features(400, 0, {"pretrained.cls": 0.4}), features(300, 1, {"pretrained.cls": 0.4})
+    low, inside, high = (
+        probe_features(train, val, settings(lrs=lrs, knn=()), aggregated=True)
+        for lrs in ((1e-2, 1e4), (1e-7, 1e-2, 1e4), (1e-7, 1e-2))
+    )
+    assert [result.scores[0].edge for result in (low, inside, high)] == ["lowest", None, "highest"]
+    assert low.to_json()["scores"][0]["edge"] == "lowest"
+    assert "add lower ones to --lrs" in low.table() and "add higher ones to --lrs" in high.table()
+    assert "--lrs" not in inside.table() and "*" not in inside.table()
+
+
 def test_classes_unknown_to_training_count_as_wrong():
     train, val = features(300, 0, {"pretrained.cls": 3.0}), features(200, 1, {"pretrained.cls": 3.0})
     known = train.labels != 5
@@ -234,6 +170,7 @@ def test_labels_are_matched_by_class_name():
         ({"lrs": (0.1, 0.0)}, "lrs"),
         ({"epochs": 0}, "epochs"),
         ({"holdout": 1.0}, "holdout"),
+        ({"knn": (20, 0)}, "knn"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change, named):
@@ -241,101 +178,7 @@ def test_settings_that_make_no_sense_are_refused(change, named):
         settings(**change)
 
 
-# ------------------------------------------------------------------------------------------------ features
-
-
-def test_features_are_the_backbones_own_whatever_the_batches():
-    model = Backbone(BACKBONE).eval().requires_grad_(False)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (11, 16, 16, 3), np.uint8)
-    labels = np.array([0, 1, -1, 2, 0, -1, -1, 1, 2, 0, 1])
-    batches = [SimpleNamespace(pixels=pixels[i:j], labels=labels[i:j]) for i, j in ((0, 4), (4, 7), (7, 11))]
-    batches[1].labels = np.full(3, -1)  # nothing labelled in it
-    found = extract_features(
-        batches,  # type: ignore[arg-type]
-        [backbone_features(model, "pretrained"), pixel_features(side=8)],
-        CPU,
-        Progress("test", 11, "images"),
-    )
-    kept = [0, 1, 3, 7, 8, 9, 10]
-    assert found.labels.tolist() == labels[kept].tolist()
-    expected = model.features(model.normalize(torch.from_numpy(pixels[kept])))
-    torch.testing.assert_close(found.inputs["pretrained.cls"], expected.cls)
-    torch.testing.assert_close(found.inputs["pretrained.mean_patch"], expected.patches.mean(dim=1))
-    raw = found.inputs["pixels.raw"]
-    assert raw.shape == (7, 3 * 8 * 8) and raw.min() >= 0 and raw.max() <= 1
-    means = torch.from_numpy(pixels[kept]).float().mean(dim=(1, 2)) / 255
-    torch.testing.assert_close(raw.view(7, 3, 64).mean(dim=2), means, atol=0.02, rtol=0)
-
-
-def test_pixels_already_small_are_left_alone():
-    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    assert torch.equal(pixel_features(side=32)(images)["pixels.raw"], (images.float() / 255).flatten(1))
-
-
-def test_features_that_are_not_finite_are_an_error():
-    batch = SimpleNamespace(pixels=np.zeros((2, 16, 16, 3), np.uint8), labels=np.array([0, 1]))
-
-    def broken(images: Tensor) -> dict[str, Tensor]:
-        return {"pretrained.cls": torch.full((len(images), 3), torch.nan)}
-
-    with pytest.raises(FloatingPointError, match=r"pretrained\.cls"):
-        extract_features([batch], [broken], CPU, Progress("test", 2, "images"))  # type: ignore[list-item]
-
-
 # ------------------------------------------------------------------------------------------------ whole job
-
-
-def colour_of(label: int) -> tuple[int, int, int]:
-    return ((220, 40, 40), (40, 200, 60), (50, 60, 230))[label]
-
-
-@pytest.fixture
-def write_images(tmp_path: Path) -> Callable[..., str]:
-    """`write_images(name, labels, class_names)`: image shards of noisy one-coloured pictures."""
-
-    def write(name: str, labels: Sequence[int | None], class_names: Sequence[str] | None = None) -> str:
-        root = str(tmp_path / name)
-        plan = Plan(
-            kind="images",
-            inputs={"images": name},
-            recipe={},
-            first_ids=(0, len(labels) // 2, len(labels)),
-            views=1,
-            header={"class_names": None if class_names is None else list(class_names)},
-        )
-        start(root, plan)
-        rng = np.random.default_rng(len(labels))
-        for item in pending(root, plan):
-            samples = []
-            for i in range(item.first_id, item.end_id):
-                label = labels[i]
-                colour = np.array(colour_of(label or 0)) + rng.normal(0, 40, (20, 24, 3))
-                file = io.BytesIO()
-                Image.fromarray(colour.clip(0, 255).astype(np.uint8)).save(file, "PNG")
-                samples.append(
-                    StoredSample(
-                        sample_id=i, view=0, image=file.getvalue(), extension="png", source=f"{name}/{i}.png",
-                        source_width=24, source_height=20, label=label,
-                    )
-                )  # fmt: skip
-            commit(root, plan, item, build_shard(samples, [], grid=None, codebook_size=None))
-        finish(root, plan, lambda data: decode_image(data, DecodeConfig()))
-        return root
-
-    return write
-
-
-@pytest.fixture
-def backbone_url(tmp_path: Path) -> str:
-    torch.manual_seed(1)
-    model = MIM(BACKBONE, MIMConfig(patch_aggregation=PatchAggregationConfig(layer=1)), 16)
-    url = str(tmp_path / "backbone")
-    save_backbone(url, model, mim=mim_header(model))
-    return url
 
 
 def cycle(num: int, *labels: int | None) -> list[int | None]:
@@ -359,6 +202,8 @@ def test_probe_from_shards_to_artifact(tmp_path, write_images, backbone_url, cap
     assert (result["num_classes"], result["num_train"], result["num_val"]) == (3, 36, 24)
     assert (result["scores"][0]["model"], result["scores"][0]["input"]) == ("pretrained", "cls")
     assert len(result["scores"]) == 5 and len(result["comparisons"]) == 2
+    assert result["layers"] == [] and len(result["knn"]) == 4 * 4
+    assert len(list((tmp_path / "out" / "features").glob("*/features.json"))) == 2 * 5
     pixels = next(score for score in result["scores"] if score["model"] == "pixels")
     assert pixels["top1"] == 1.0  # one colour per class
     assert header["table"] in printed and "pretrained [CLS] over pixels" in printed
@@ -372,6 +217,29 @@ def test_probe_from_shards_to_artifact(tmp_path, write_images, backbone_url, cap
             settings(backbone=backbone_url, train=train, val=val, output=str(tmp_path / "out"), epochs=3)
         )
     assert json.loads(json.dumps(run_probe(config).to_json())) == result
+
+
+def test_a_second_probe_runs_no_backbone(tmp_path, write_images, backbone_url, capsys):
+    places = {
+        "backbone": backbone_url,
+        "train": write_images("train", cycle(30, 0, 1, 2)),
+        "val": write_images("val", cycle(12, 0, 1, 2)),
+        "feature_cache": str(tmp_path / "cache"),
+    }
+    probe_linear(settings(**places, output=str(tmp_path / "first"), epochs=2))
+    assert "features of train: 30/30 images" in capsys.readouterr().out
+    again = settings(**places, output=str(tmp_path / "second"), epochs=2, lrs=(1e-3, 1e-2), knn=(3,))
+    probe_linear(again)
+    printed = capsys.readouterr().out
+    assert "features of train: 5 of 5 are in" in printed and "images/s" not in printed
+    kept = json.loads((tmp_path / "second" / "probe.json").read_text())["result"]
+    fresh = run_probe(dataclasses.replace(again, feature_cache=None))
+    assert json.loads(json.dumps(fresh.to_json())) == kept
+    # Layers beside what is kept.
+    capsys.readouterr()
+    layered = run_probe(dataclasses.replace(again, per_layer=True))
+    assert "features of train: 5 of 7 are in" in capsys.readouterr().out
+    assert [score.layer for score in layered.layers] == [1, 2]
 
 
 def test_baselines_can_be_left_out(write_images, backbone_url):
@@ -421,3 +289,12 @@ def test_inputs_that_do_not_fit_write_nothing(tmp_path, write_images, backbone_u
     with pytest.raises(InputError, match="no dataset"):
         probe_linear(settings(backbone=backbone_url, train=str(tmp_path / "no"), val=train, output=str(out)))
     assert not out.exists()
+
+
+def test_recipes_are_read():
+    places = [f"--{name}=x" for name in ("backbone", "train", "val", "output")]
+    quick = parse(ProbeConfig, [f"--config={CONFIGS}/quickstart/probe.yaml", *places])
+    cifar = parse(ProbeConfig, [f"--config={CONFIGS}/cifar10/probe.yaml", *places])
+    assert quick.epochs == 50 and not quick.per_layer
+    assert cifar.per_layer and cifar.knn and cifar.subset.is_all
+    assert (cifar.epochs, cifar.batch_size, cifar.decode_threads) == (20, 1024, 1)
