@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from jobs.report_page import (
-    MARK,
     Section,
     details,
     escape,
@@ -19,11 +16,24 @@ from jobs.report_page import (
     paragraph,
     table,
 )
+from jobs.sheets import (
+    GAP,
+    INK,
+    MARGIN,
+    MUTED,
+    PAPER,
+    WIDTH,
+    font,
+    framed,
+    heading,
+    png,
+    scaled,
+    shortened,
+    titled_sheet,
+)
 from shards.manifest import Dataset
 from shards.preview import Preview, SharedCode, ShownSample, code_colors
 
-WIDTH = 1600
-MARGIN, GAP = 32, 12
 CROP = 116
 """Side of a crop and of its code map on the sheet, in pixels."""
 MAX_VIEWS = 12
@@ -31,7 +41,7 @@ MAX_VIEWS = 12
 TILE = 76
 """Side of a patch with its surroundings."""
 CAPTION = 20
-PAPER, INK, MUTED = (252, 252, 251), (28, 27, 26), (107, 105, 99)
+PREVIEW_MARK = "<!-- written by jobs.preview_shards -->"
 
 
 def contact_sheet(dataset: Dataset, shown: Preview) -> bytes:
@@ -43,20 +53,17 @@ def contact_sheet(dataset: Dataset, shown: Preview) -> bytes:
     top = 104
     samples_height = -(-len(cells) // per_row) * (cells[0].height + GAP)
     height = top + 34 + samples_height + 44 + sum(row.height + 8 for row in rows) + MARGIN
-    sheet = Image.new("RGB", (WIDTH, height), PAPER)
+    sheet = titled_sheet(_title(dataset), _lead(dataset), height)
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, 24), _title(dataset), INK, _font(26))
-    draw.text((MARGIN, 60), _lead(dataset), MUTED, _font(15))
-    draw.line((MARGIN, 90, WIDTH - MARGIN, 90), INK, 2)
-    y = _heading(draw, top, _samples_heading(shown))
+    y = heading(draw, top, _samples_heading(shown))
     for number, cell in enumerate(cells):
         line, column = divmod(number, per_row)
         sheet.paste(cell, (MARGIN + column * (cell.width + 2 * GAP), y + line * (cell.height + GAP)))
-    y = _heading(draw, y + samples_height + 10, _codes_heading(shown))
+    y = heading(draw, y + samples_height + 10, _codes_heading(shown))
     for row in rows:
         sheet.paste(row, (MARGIN, y))
         y += row.height + 8
-    return _png(sheet)
+    return png(sheet)
 
 
 def html_page(dataset: Dataset, shown: Preview) -> bytes:
@@ -87,8 +94,7 @@ def html_page(dataset: Dataset, shown: Preview) -> bytes:
         Section(title="Patches that share a code", body=paragraph(_codes_heading(shown)) + codes),
         Section(title="Tokenizer", body=details("what the manifest says", table(["", "value"], facts))),
     ]
-    text = page(_title(dataset), _lead(dataset), sections)
-    return text.replace(MARK, "<!-- written by jobs.preview_shards -->", 1).encode()
+    return page(_title(dataset), _lead(dataset), sections, mark=PREVIEW_MARK).encode()
 
 
 # ------------------------------------------------------------------------------------------------ words
@@ -127,11 +133,15 @@ def _codes_heading(shown: Preview) -> str:
 
 
 def _caption(dataset: Dataset, sample: ShownSample) -> str:
-    names = dataset.manifest.class_names
     if sample.label is None:
         return f"{sample.sample_id}"
-    named = names is not None and sample.label < len(names)
-    return f"{sample.sample_id}  {names[sample.label] if named and names else sample.label}"
+    return f"{sample.sample_id}  {class_name(dataset, sample.label)}"
+
+
+def class_name(dataset: Dataset, label: int) -> str:
+    """The name of a class, or its number where it has none."""
+    names = dataset.manifest.class_names
+    return names[label] if names is not None and label < len(names) else str(label)
 
 
 def _code_words(one: SharedCode, patches: int) -> tuple[str, str]:
@@ -150,12 +160,10 @@ def _sample_cell(sample: ShownSample, colors: np.ndarray, caption: str) -> Image
     cell = Image.new("RGB", (width, 2 * CROP + 4 + CAPTION), PAPER)
     for view in range(views):
         x = view * (CROP + 4)
-        cell.paste(_scaled(sample.pixels[view], CROP, Image.Resampling.LANCZOS), (x, 0))
-        cell.paste(_scaled(colors[sample.codes[view]], CROP, Image.Resampling.NEAREST), (x, CROP + 4))
-    draw, font = ImageDraw.Draw(cell), _font(12)
-    while caption and draw.textlength(caption, font) > width:
-        caption = caption[:-1]
-    draw.text((0, 2 * CROP + 8), caption, MUTED, font)
+        cell.paste(scaled(sample.pixels[view], CROP, Image.Resampling.LANCZOS), (x, 0))
+        cell.paste(scaled(colors[sample.codes[view]], CROP, Image.Resampling.NEAREST), (x, CROP + 4))
+    draw = ImageDraw.Draw(cell)
+    draw.text((0, 2 * CROP + 8), shortened(draw, caption, 12, width), MUTED, font(12))
     return cell
 
 
@@ -169,8 +177,8 @@ def _code_row(one: SharedCode, patches: int, colors: np.ndarray) -> Image.Image:
     color = tuple(int(part) for part in colors[one.code])
     name, share = _code_words(one, patches)
     draw.rounded_rectangle((0, 4, 26, 30), 4, color)
-    draw.text((38, 4), name, INK, _font(17))
-    draw.text((38, 28), share, MUTED, _font(13))
+    draw.text((38, 4), name, INK, font(17))
+    draw.text((38, 28), share, MUTED, font(13))
     for number, patch in enumerate(one.patches):
         line, column = divmod(number, per_line)
         row.paste(_outlined(patch, color), (left + column * pitch, line * pitch))
@@ -179,12 +187,12 @@ def _code_row(one: SharedCode, patches: int, colors: np.ndarray) -> Image.Image:
 
 def _outlined(patch: np.ndarray, color: tuple[int, ...]) -> Image.Image:
     """A patch in its surroundings, which are paler, with a frame in the colour of its code."""
-    tile = _scaled(patch, TILE, Image.Resampling.LANCZOS)
+    tile = scaled(patch, TILE, Image.Resampling.LANCZOS)
     low, high = TILE // 3, TILE - TILE // 3
     middle = tile.crop((low, low, high, high))
     tile = Image.blend(tile, Image.new("RGB", tile.size, PAPER), 0.45)
     tile.paste(middle, (low, low))
-    ImageDraw.Draw(tile).rectangle((low - 2, low - 2, high + 1, high + 1), outline=color, width=2)
+    framed(tile, (low, low, high, high), color)
     return tile
 
 
@@ -203,26 +211,6 @@ def _code_block(one: SharedCode, patches: int, colors: np.ndarray) -> str:
     )
 
 
-def _heading(draw: ImageDraw.ImageDraw, y: int, words: str) -> int:
-    """A line of text; returns where what follows begins."""
-    draw.text((MARGIN, y), words, INK, _font(16))
-    return y + 34
-
-
-def _scaled(pixels: np.ndarray, side: int, how: Image.Resampling) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(pixels)).resize((side, side), how)
-
-
 def _colors(dataset: Dataset) -> np.ndarray:
     assert dataset.manifest.tokenizer is not None
     return code_colors(dataset.manifest.tokenizer["codebook_size"])
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-def _png(sheet: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()

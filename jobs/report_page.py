@@ -71,11 +71,11 @@ def paragraph(text: str, *, muted: bool = False) -> str:
     return f'<p class="muted">{escape(text)}</p>' if muted else f"<p>{escape(text)}</p>"
 
 
-def page(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """The whole document."""
+def page(title: str, lead: str, sections: Sequence[Section], *, mark: str = MARK) -> str:
+    """The whole document; `mark`, a comment, says who wrote it."""
     parts = [f"<section><h2>{escape(section.title)}</h2>\n{section.body}\n</section>" for section in sections]
     return (
-        f'<!doctype html>\n{MARK}\n<html lang="en"><head><meta charset="utf-8">'
+        f'<!doctype html>\n{mark}\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_CSS}</style></head>\n<body><main>"
         f"<header><h1>{escape(title)}</h1><p>{escape(lead)}</p></header>\n"
@@ -394,7 +394,7 @@ svg text.ink{fill:var(--ink);font-size:13px}
 .whisker{stroke:var(--ink);stroke-width:1.5;fill:none}
 img{display:block;max-width:100%;height:auto;border-radius:3px}
 .hard{image-rendering:pixelated}
-.code{display:grid;grid-template-columns:132px 1fr;gap:12px;align-items:center;margin:6px 0}
+.code{display:grid;grid-template-columns:var(--label,132px) 1fr;gap:12px;align-items:center;margin:6px 0}
 .code b{display:block}
 .code span{font-size:12.5px;color:var(--muted)}
 .row{display:grid;grid-template-columns:repeat(var(--columns),minmax(0,1fr));gap:8px;margin:0 0 8px}

@@ -14,27 +14,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from jobs import report_page
+from jobs.codebook_page import usage_body
 from jobs.report_findings import (
     Findings,
     ReportConfig,
     comparison_words,
     find,
-    percent,
     storage_bytes,
     summary_rows,
 )
 from jobs.report_page import Interval, Section, Series
+from jobs.sheets import RED, framed
 from pipeline import metrics, storage
 from pipeline.config import run_job
 from pipeline.errors import InputError
 from pretrain.evals import report as pictures
+from pretrain.evals.codebook import MIN_PATCHES
 from pretrain.mim import load_mim
 from shards.manifest import Dataset
 from shards.reader import ShardReader
-from shards.summary import CodeStatistics, code_statistics, count_codes
+from shards.summary import code_statistics, count_codes
 from shards.views import ViewPolicy
 from tokenizer.artifact import VisualTokenizer, load_vqkd, read_tokenizer
 
@@ -190,19 +192,9 @@ def _codebook_body(config: ReportConfig, found: Findings) -> str:
     else:
         counts = np.bincount(codes.ravel(), minlength=tokenizer["codebook_size"])
         where = f"{count:,} stored crops"
-    return _usage_body(code_statistics(counts), counts, where) + _groups_body(
+    return usage_body(code_statistics(counts), counts, where) + _groups_body(
         config, crops, codes, tokenizer["patch_size"]
     )
-
-
-def _usage_body(codes: CodeStatistics, counts: np.ndarray, where: str) -> str:
-    used, most = codes.codebook_size - codes.num_dead, counts.max() / max(1, codes.patches)
-    lead = (
-        f"Over {where}, {codes.patches:,} patches: {used:,} of {codes.codebook_size:,} codes occur "
-        f"({percent(codes.usage)}), perplexity {codes.perplexity:,.1f}. The most used code holds "
-        f"{percent(most)} of the patches: always guessing it would be right that often."
-    )
-    return report_page.paragraph(lead) + report_page.rank_chart(counts.tolist())
 
 
 def _groups_body(config: ReportConfig, crops: np.ndarray, codes: np.ndarray, patch_size: int) -> str:
@@ -216,12 +208,12 @@ def _groups_body(config: ReportConfig, crops: np.ndarray, codes: np.ndarray, pat
         per_code=config.patches_per_code,
     )
     if not consistent:
-        few = f"no code has {pictures.MIN_PATCHES} patches in {pictures.MIN_IMAGES} of {len(crops):,} crops"
+        few = f"no code has {MIN_PATCHES} patches in {pictures.MIN_IMAGES} of {len(crops):,} crops"
         return _not_shown(f"patches grouped by code: {few}")
     lead = (
         f"Each row is one code: the boxed patches of {patch_size} px, with their surroundings, that the "
         f"tokenizer gave it, from {len(crops):,} stored crops. Likeness is the mean cosine between gradient "
-        "histograms of its patches; the most consistent are chosen among codes of more than median contrast."
+        "histograms of its patches in two different images; codes of less contrast than the median come last."
     )
     parts = ["<h3>Patches grouped by code</h3>", report_page.paragraph(lead)]
     for name, groups in (("Most consistent", consistent), ("Most used of the others", used)):
@@ -246,7 +238,7 @@ def _boxed(tile: np.ndarray) -> np.ndarray:
     picture = Image.fromarray(pictures.enlarged(tile, TILE))
     parts = 2 * pictures.CONTEXT + 1
     low, high = TILE * pictures.CONTEXT // parts, TILE * (pictures.CONTEXT + 1) // parts
-    ImageDraw.Draw(picture).rectangle((low - 1, low - 1, high, high), outline=(255, 45, 45), width=2)
+    framed(picture, (low, low, high, high), RED)
     return np.asarray(picture)
 
 

@@ -7,18 +7,16 @@ any dataset costs a few hundred small reads.
 from __future__ import annotations
 
 import colorsys
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline import storage
 from pipeline.errors import InputError
+from shards.crop_sample import CropPlace
 from shards.index import codes_of
 from shards.manifest import Dataset
-from shards.views import decode_crop
 
 SCANNED_CROPS = 50_000
 """So many crops of view 0 are searched for codes: 20 MB of codes on a grid of 14 x 14."""
@@ -102,6 +100,14 @@ def code_colors(codebook_size: int) -> np.ndarray:
     return (255 * colors).round().astype(np.uint8)
 
 
+def surroundings(pixels: np.ndarray, patch: int, grid: tuple[int, int]) -> np.ndarray:
+    """A patch in the middle of the 3 x 3 patches around it, uint8 [3 P, 3 P', 3]; edges are repeated."""
+    height, width = pixels.shape[0] // grid[0], pixels.shape[1] // grid[1]
+    row, column = divmod(patch, grid[1])
+    padded = np.pad(pixels, ((height, height), (width, width), (0, 0)), mode="edge")
+    return padded[row * height : (row + 3) * height, column * width : (column + 3) * width]
+
+
 # ------------------------------------------------------------------------------------------------ inside
 
 
@@ -152,10 +158,7 @@ class _Crops:
         """An index row and the pixels of its crop, uint8 [S, S, 3], checked against their hash."""
         [record] = self._table(view, number).slice(row, 1).to_pylist()
         tar = self._dataset.shard(view, number).tar
-        data = storage.read(tar, record["image_offset"], record["image_bytes"])
-        if hashlib.sha256(data).digest() != record["image_hash"]:
-            raise InputError(f"{tar} is damaged at {record['key']}; repair or copy it again")
-        return record, decode_crop(data)
+        return record, CropPlace.of(tar, record).pixels()
 
     def _table(self, view: int, number: int) -> pa.Table:
         if (view, number) not in self._tables:
@@ -204,14 +207,6 @@ def _shared(
     for place in chosen.tolist():
         record, pixels = crops.row(0, int(searched.shards[place]), int(searched.rows[place]))
         carriers = np.flatnonzero(searched.codes[place] == code)
-        patches.append(_surroundings(pixels, int(carriers[len(carriers) // 2]), dataset.manifest.grid))
+        patches.append(surroundings(pixels, int(carriers[len(carriers) // 2]), dataset.manifest.grid))
         keys.append(record["key"])
     return SharedCode(code=code, count=count, images=len(holders), patches=patches, keys=tuple(keys))
-
-
-def _surroundings(pixels: np.ndarray, patch: int, grid: tuple[int, int]) -> np.ndarray:
-    """A patch in the middle of the 3 x 3 patches around it, uint8 [3 P, 3 P', 3]; edges are repeated."""
-    height, width = pixels.shape[0] // grid[0], pixels.shape[1] // grid[1]
-    row, column = divmod(patch, grid[1])
-    padded = np.pad(pixels, ((height, height), (width, width), (0, 0)), mode="edge")
-    return padded[row * height : (row + 3) * height, column * width : (column + 3) * width]

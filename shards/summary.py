@@ -120,11 +120,35 @@ class DatasetSummary:
 
 def count_codes(dataset: Dataset, views: Sequence[int] | None = None) -> np.ndarray:
     """How many patches of some views, or of all, carry each code: int64 [codebook_size]."""
-    counts = np.zeros(_codebook_size(dataset), np.int64)
+    counts = np.zeros(codebook_size(dataset), np.int64)
     for view in range(dataset.num_views) if views is None else views:
         for shard in dataset.shards(view):
-            _add_codes(counts, codes_of(dataset.read_index(view, shard.number, ("codes",))), shard)
+            add_codes(counts, codes_of(dataset.read_index(view, shard.number, ("codes",))), shard)
     return counts
+
+
+def codebook_size(dataset: Dataset) -> int:
+    """K of a token dataset's tokenizer."""
+    tokenizer = dataset.manifest.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{dataset.url} holds images, which have no codes")
+    return int(tokenizer["codebook_size"])
+
+
+def add_codes(counts: np.ndarray, codes: np.ndarray, shard: ShardInfo) -> None:
+    """Count a shard's codes into int64 [codebook_size]; InputError for one beyond the codebook."""
+    require_codes(codes, len(counts), shard)
+    counts += np.bincount(codes.ravel(), minlength=len(counts))
+
+
+def require_codes(codes: np.ndarray, codebook_size: int, shard: ShardInfo) -> None:
+    """InputError where a shard holds a code beyond the codebook."""
+    largest = int(codes.max(initial=0))
+    if largest >= codebook_size:
+        raise InputError(
+            f"{shard.index} of shard {shard.name} holds code {largest}, but the codebook has "
+            f"{codebook_size} codes; verify the dataset"
+        )
 
 
 def code_statistics(counts: np.ndarray) -> CodeStatistics:
@@ -158,7 +182,7 @@ def summarize(dataset: Dataset) -> DatasetSummary:
     """Everything about a dataset, from its manifest and one pass over its index files, checked by hash."""
     manifest, tokens = dataset.manifest, dataset.kind == "tokens"
     columns = ("codes", "label") if tokens else ("label",)
-    counts = np.zeros(_codebook_size(dataset) if tokens else 0, np.int64)
+    counts = np.zeros(codebook_size(dataset) if tokens else 0, np.int64)
     labelled: dict[int, int] = {}
     tar_bytes = index_bytes = rejects_bytes = 0
     last_foreign = ""
@@ -171,7 +195,7 @@ def summarize(dataset: Dataset) -> DatasetSummary:
             rejects_bytes += shard.rejects_bytes or 0
             table = dataset.read_index(view, shard.number, columns)
             if tokens:
-                _add_codes(counts, codes_of(table), shard)
+                add_codes(counts, codes_of(table), shard)
             if view == 0:
                 labels = table.column("label").drop_null().to_numpy()
                 for label, number in zip(*np.unique(labels, return_counts=True), strict=True):
@@ -315,23 +339,6 @@ def _example_in_words(sample: SampleRow) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------ inside
-
-
-def _add_codes(counts: np.ndarray, codes: np.ndarray, shard: ShardInfo) -> None:
-    found = np.bincount(codes.ravel(), minlength=len(counts))
-    if len(found) > len(counts):
-        raise InputError(
-            f"{shard.index} of shard {shard.name} holds code {len(found) - 1}, but the codebook has "
-            f"{len(counts)} codes; verify the dataset"
-        )
-    counts += found
-
-
-def _codebook_size(dataset: Dataset) -> int:
-    tokenizer = dataset.manifest.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"{dataset.url} holds images, which have no codes")
-    return int(tokenizer["codebook_size"])
 
 
 def _listed(counts: np.ndarray, codes: np.ndarray) -> tuple[CodeCount, ...]:

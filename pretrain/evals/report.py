@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pretrain.evals.codebook import CHUNK, MIN_PATCHES, Likeness, choose_patches
 from pretrain.masking import MaskConfig, block_masks
 from pretrain.mim import MIM
-from tokenizer.hog import Hog
+from shards.preview import surroundings
 
 # Shapes below: n images of S pixels a side, a square grid of N patches of P pixels a side, K codes.
 
@@ -22,8 +23,8 @@ HIDDEN = 128
 """Grey level of masked patches, and what faded colours tend to."""
 CONTEXT = 1
 """Patches of surroundings shown on every side of a patch: one alone, often 8 pixels wide, says little."""
-MIN_PATCHES, MIN_IMAGES = 12, 6
-"""A code with fewer patches in the sample, or from fewer images, is not shown as a group."""
+MIN_IMAGES = 6
+"""A code from fewer images of the sample is not shown as a group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class CodeGroup:
     share: float
     """Of all patches of the sample, in [0, 1]."""
     consistency: float
-    """Mean cosine between HOG descriptors of two of its patches, 0 (unrelated) to 1 (alike)."""
+    """As `pretrain.evals.codebook` defines it, 0 (unrelated) to 1 (alike)."""
     tiles: list[np.ndarray]
 
 
@@ -69,36 +70,27 @@ def group_by_code(
     """The most consistent codes of a sample, and the most used of the others; at most as many as asked for.
 
     images uint8 [n, S, S, 3], codes [n, N]. The patches of a group come from as many images as possible.
-    Only codes with more contrast than the median code compete for consistency: flat patches are all alike.
     """
-    counts = np.bincount(codes.ravel())
-    descriptors, contrasts = _descriptors(images, patch_size), _contrasts(images, patch_size)
-    candidates: list[tuple[int, float]] = []
-    contrast: dict[int, float] = {}
-    for code in np.argsort(-counts, kind="stable"):
-        if counts[code] < MIN_PATCHES:
-            break
-        rows, patches = np.nonzero(codes == code)
-        if len(np.unique(rows)) < MIN_IMAGES:
-            continue
-        candidates.append((int(code), _mean_cosine(descriptors[rows, patches])))
-        contrast[int(code)] = float(contrasts[rows, patches].mean())
+    likeness = Likeness(codes, int(codes.max()) + 1, patch_size)
+    for first in range(0, len(images), CHUNK):
+        likeness.add(first, images[first : first + CHUNK])
+    ranked = likeness.ranked(min_patches=MIN_PATCHES, min_images=MIN_IMAGES)
+    consistent, rest = ranked[:num_consistent], sorted(ranked[num_consistent:])
+    used = sorted(rest, key=lambda code: -likeness.patches[code])[:num_used]
+    consistency, grid = likeness.consistency(), (images.shape[1] // patch_size, images.shape[2] // patch_size)
 
-    median = float(np.median(list(contrast.values()))) if contrast else 0.0
-    structured = [pair for pair in candidates if contrast[pair[0]] >= median]
-    consistent = sorted(structured, key=lambda pair: -pair[1])[:num_consistent]
-    chosen = {code for code, _ in consistent}
-    used = [pair for pair in candidates if pair[0] not in chosen][:num_used]
-
-    def group(code: int, consistency: float) -> CodeGroup:
+    def group(code: int) -> CodeGroup:
         return CodeGroup(
             code=code,
-            share=counts[code] / codes.size,
-            consistency=consistency,
-            tiles=_tiles(images, codes == code, patch_size, per_code),
+            share=likeness.patches[code] / codes.size,
+            consistency=float(consistency[code]),
+            tiles=[
+                surroundings(images[row], patch, grid)
+                for row, patch in choose_patches(codes == code, per_code, seed=(0, code))
+            ],
         )
 
-    return [group(*pair) for pair in consistent], [group(*pair) for pair in used]
+    return [group(code) for code in consistent], [group(code) for code in used]
 
 
 def code_colors(codebook: np.ndarray | None, codebook_size: int) -> np.ndarray:
@@ -116,49 +108,6 @@ def code_colors(codebook: np.ndarray | None, codebook_size: int) -> np.ndarray:
         if axes.shape[1] < 3:
             axes = np.pad(axes, ((0, 0), (0, 3 - axes.shape[1])), mode="edge")
     return (35 + 215 * axes / max(1, codebook_size - 1)).astype(np.uint8)
-
-
-def _descriptors(images: np.ndarray, patch_size: int) -> np.ndarray:
-    """Unit HOG descriptors [n, N, T] of all patches, whatever the tokenizer's teacher was."""
-    hog = Hog(patch_size)
-    with torch.no_grad():
-        chunks = [
-            hog(torch.from_numpy(chunk).permute(0, 3, 1, 2).float() / 255)
-            for chunk in np.array_split(images, max(1, len(images) // 64))
-        ]
-    found = torch.nn.functional.normalize(torch.cat(chunks), dim=-1)
-    return found.numpy()
-
-
-def _contrasts(images: np.ndarray, patch_size: int) -> np.ndarray:
-    """Standard deviation of the brightness within each patch [n, N]."""
-    n, size = images.shape[:2]
-    side = size // patch_size
-    cells = images.mean(axis=3).reshape(n, side, patch_size, side, patch_size)
-    return cells.std(axis=(2, 4)).reshape(n, side * side)
-
-
-def _mean_cosine(descriptors: np.ndarray) -> float:
-    """Mean cosine over all pairs of rows of unit vectors [m, T], m > 1, without forming the pairs."""
-    m = len(descriptors)
-    return float((np.square(descriptors.sum(axis=0)).sum() - m) / (m * (m - 1)))
-
-
-def _tiles(images: np.ndarray, where: np.ndarray, patch_size: int, count: int) -> list[np.ndarray]:
-    """Up to `count` patches of `where` [n, N] with their surroundings, taking a second from an image last."""
-    side = images.shape[1] // patch_size
-    rows, patches = np.nonzero(where)
-    seen: dict[int, int] = {}
-    turn = np.empty(len(rows), np.int64)
-    for i, row in enumerate(rows.tolist()):
-        turn[i] = seen[row] = seen.get(row, 0) + 1
-    reach = CONTEXT * patch_size
-    tiles = []
-    for i in np.argsort(turn, kind="stable")[:count]:
-        top, left = (patches[i] // side) * patch_size, (patches[i] % side) * patch_size
-        padded = np.pad(images[rows[i]], ((reach, reach), (reach, reach), (0, 0)), mode="edge")
-        tiles.append(padded[top : top + patch_size + 2 * reach, left : left + patch_size + 2 * reach])
-    return tiles
 
 
 # ------------------------------------------------------------------------------------------------ predictions

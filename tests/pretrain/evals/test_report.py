@@ -57,13 +57,6 @@ def test_groups_hold_patches_of_their_code_and_stripes_are_more_alike_than_noise
                 assert set(np.unique(center)) == {30, 220}
 
 
-def test_mean_cosine_is_the_mean_over_pairs():
-    rows = np.random.default_rng(0).normal(size=(7, 5))
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    slow = np.mean([a @ b for a, b in itertools.combinations(rows, 2)])
-    assert report._mean_cosine(rows) == pytest.approx(slow)
-
-
 def test_rare_codes_and_codes_of_few_images_are_not_shown():
     images, codes = _striped_and_noisy()
     codes[codes == 2] = 0
@@ -78,8 +71,10 @@ def test_patches_come_from_as_many_images_as_possible():
     images = np.zeros((8, SIZE, SIZE, 3), np.uint8)
     images += np.arange(8, dtype=np.uint8)[:, None, None, None] * 10
     codes = np.zeros((8, SIDE * SIDE), int)
-    tiles = report._tiles(images, codes == 0, PATCH, 8)
-    assert sorted(int(tile[0, 0, 0]) // 10 for tile in tiles) == list(range(8))
+    [group], _ = report.group_by_code(
+        images, codes, patch_size=PATCH, num_consistent=1, num_used=1, per_code=8
+    )
+    assert sorted(int(tile[0, 0, 0]) // 10 for tile in group.tiles) == list(range(8))
 
 
 def test_codes_get_different_colours_and_neighbours_similar_ones():

@@ -1,0 +1,169 @@
+"""Show what the codes of a token dataset stand for (paper §3.4, Figures 4 and 5): a page and its figures.
+
+python -m jobs.visualize_codebook --dataset runs/tokens --output runs/codebook [--tokenizer runs/tokenizer]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jobs.codebook_page import codebook_page, codes_figure, places_figure, usage_figure
+from pipeline import storage
+from pipeline.artifacts import claim, publish, read_header
+from pipeline.config import identity, run_job
+from pipeline.errors import InputError
+from pretrain.evals.codebook import CodebookFindings, examine_codebook, sampled_likeness
+from shards.crop_sample import draw_sample
+from shards.manifest import Dataset, open_dataset
+from tokenizer.artifact import load_vqkd, read_tokenizer
+
+ARTIFACT = "codebook"
+PLACES = ("dataset", "tokenizer", "codes", "output")
+"""Settings whose meaning the fingerprints of the inputs say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualizeConfig:
+    """Show patches by code, how codes are used, and where they occur, as a page and as figures.
+
+    Codes are counted over all stored crops; what their patches look like is seen in a sample.
+    """
+
+    dataset: str
+    """Folder or URL of token shards."""
+    output: str
+    """Folder or URL of the page, codebook.html, its figures, PNGs, and their numbers, codebook.json."""
+    tokenizer: str | None = None
+    """The tokenizer that gave the codes: then each code's nearest codes in the codebook are named."""
+    codes: str | None = None
+    """A code layer, named by the first 8 digits of its tokenizer, in place of the stored codes."""
+    num_codes: int = 24
+    """Codes that are shown."""
+    patches_per_code: int = 12
+    """Patches of each, from different images as long as there are any."""
+    samples: int = 2000
+    """Crops, of one view, in which patches are looked for and compared; more show rarer codes."""
+    min_images: int = 12
+    """A code in fewer crops of the sample is not shown."""
+    seed: int = 0
+    """Decides the sample, the patches that are shown, and the shifts that position is compared with."""
+
+    def __post_init__(self) -> None:
+        for key in ("num_codes", "patches_per_code", "samples", "min_images"):
+            if getattr(self, key) < 1:
+                raise InputError(f"--{key} is {getattr(self, key)}; give at least 1")
+        if self.seed < 0:
+            raise InputError(f"--seed is {self.seed}; give a number from 0 on")
+
+
+def visualize_codebook(config: VisualizeConfig) -> None:
+    """Publish the page, its figures and their numbers; what is finished with the same inputs stays."""
+    config = storage.absolute_places(config, "dataset", "output", "tokenizer")
+    dataset = open_dataset(config.dataset, "tokens", codes=config.codes)
+    # Everything that can be refused is refused before anything is written.
+    codebook = None if config.tokenizer is None else read_codebook(config.tokenizer, dataset)
+    sample = draw_sample(dataset, config.samples, seed=config.seed)
+    likeness = sampled_likeness(dataset, sample, min_images=config.min_images)
+    settings = identity(config, PLACES)
+    inputs = {"dataset": dataset.fingerprint, "neighbours": codebook is not None}
+    claim(config.output, {"job": "visualize_codebook", "config": settings, "inputs": inputs})
+    if (held := read_header(config.output, ARTIFACT)) is not None:
+        print(f"{held['table']}\n{config.output} is finished already, with the same settings and inputs")
+        return
+
+    found = examine_codebook(
+        dataset,
+        sample,
+        likeness,
+        codebook=codebook,
+        num_codes=config.num_codes,
+        patches_per_code=config.patches_per_code,
+        min_images=config.min_images,
+        seed=config.seed,
+    )
+    files = {
+        "codebook.html": codebook_page(dataset, found),
+        "codes.png": codes_figure(dataset, found),
+        "usage.png": usage_figure(dataset, found),
+        "places.png": places_figure(dataset, found),
+    }
+    table = in_words(found)
+    header = {
+        "kind": ARTIFACT,
+        "config": settings,
+        "inputs": inputs,
+        "result": to_json(found),
+        "table": table,
+    }
+    publish(config.output, ARTIFACT, files, header)
+    print(table)
+    for name, data in files.items():
+        print(f"{storage.join(config.output, name)}: {len(data):,} bytes")
+
+
+def read_codebook(url: str, dataset: Dataset) -> np.ndarray:
+    """The unit vectors [K, D] of a dataset's codes; InputError where they are those of another tokenizer."""
+    artifact = read_tokenizer(url)
+    tokenizer = dataset.manifest.tokenizer or {}
+    if (given := tokenizer.get("artifact_fingerprint")) != artifact.fingerprint:
+        raise InputError(
+            f"{dataset.url} has codes of tokenizer {str(given)[:8]}, but {url} is "
+            f"{artifact.fingerprint[:8]}; give the tokenizer that the codes came from, or none"
+        )
+    return load_vqkd(artifact).quantize.codebook.numpy()
+
+
+def in_words(found: CodebookFindings) -> str:
+    """For people: a few lines."""
+    codes, position = found.statistics, found.position
+    shown = ", ".join(f"{one.code} ({one.consistency:.2f})" for one in found.codes[:8])
+    more = ", …" if len(found.codes) > 8 else ""
+    return "\n".join(
+        [
+            f"codebook: {codes.patches:,} patches, usage {100 * codes.usage:.1f} % of "
+            f"{codes.codebook_size:,} codes, perplexity {codes.perplexity:,.1f}",
+            f"  place says {position.bits:.3f} of {position.code_entropy:.2f} bits of a patch's code, "
+            f"{position.bits_shifted:.3f} by chance (grids shifted at random)",
+            f"  most consistent: {shown}{more}; patches of any codes ({found.likeness_of_any:.2f})",
+        ]
+    )
+
+
+def to_json(found: CodebookFindings) -> dict[str, Any]:
+    """The numbers behind the page, for programs."""
+    return {
+        "codebook_size": found.statistics.codebook_size,
+        "patches": found.statistics.patches,
+        "codebook_usage": found.statistics.usage,
+        "perplexity": found.statistics.perplexity,
+        "counts": found.counts.tolist(),
+        "searched_crops": found.searched,
+        "eligible_codes": found.eligible,
+        "consistency_of_any": found.likeness_of_any,
+        "position_bits": found.position.bits,
+        "position_bits_shifted": found.position.bits_shifted,
+        "code_entropy_bits": found.position.code_entropy,
+        "codes": [
+            {
+                "code": one.code,
+                "consistency": one.consistency,
+                "images": one.images,
+                "share": one.share,
+                "patches": [{"key": example.key, "patch": example.patch} for example in one.examples],
+                "position_bits": one.place.bits,
+                "position_bits_shifted": one.place.bits_shifted,
+                "classes": [
+                    {"label": held.label, "share": held.share, "lift": held.lift} for held in one.classes
+                ],
+                "neighbours": [{"code": code, "cosine": cosine} for code, cosine in one.neighbours],
+            }
+            for one in found.codes
+        ],
+    }
+
+
+if __name__ == "__main__":
+    run_job(visualize_codebook, VisualizeConfig)
