@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -288,7 +288,7 @@ def command_line(stage: Stage, cluster: ClusterOverride) -> list[str]:
 def _flat(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """`key.inner` and its value as a YAML scalar or JSON, in order."""
     for key, value in overrides.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
@@ -497,7 +497,8 @@ def run_stages(config: PipelineConfig, run_stage: RunStage) -> None:
         )
         write_record(at.root, record, left_out)
         if not finished:
-            _give_up(stage, status, log)
+            print(failure(stage, status, log), file=sys.stderr, flush=True)
+            sys.exit(2 if status == 2 else 1)
         print(f"{stage.name}: finished in {metrics.duration(seconds)}", flush=True)
     print_summary(at.root)
 
@@ -513,8 +514,8 @@ def print_summary(output: str) -> None:
         )
 
 
-def _give_up(stage: Stage, status: int, log: StageLog) -> None:
-    """Say which stage failed, show the end of its log, and exit with its status: 2 for bad input, else 1."""
+def failure(stage: Stage, status: int, log: StageLog) -> str:
+    """The end of a failed stage's log, and a line that says which one failed, and how."""
     if status == 0:
         what = f"ended without writing {' and '.join(stage.writes)}"
     elif status < 0:
@@ -523,13 +524,10 @@ def _give_up(stage: Stage, status: int, log: StageLog) -> None:
     else:
         what = f"failed with exit status {status}"
     tail = "\n".join(f"  | {line}" for line in log.tail)
-    print(
+    return (
         f"{tail}\nerror: stage {stage.name} {what}; above is the end of its log, {log.url}; once mended, the "
-        "same command goes on from here",
-        file=sys.stderr,
-        flush=True,
+        "same command goes on from here"
     )
-    sys.exit(2 if status == 2 else 1)
 
 
 def _last_step(stage: Stage) -> int | None:
@@ -539,7 +537,7 @@ def _last_step(stage: Stage) -> int | None:
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
+def ended_by_sigterm() -> Iterator[None]:
     """Turns SIGTERM into an exception, so that the running stage is ended too."""
 
     def end(signum: int, frame: object) -> None:
@@ -552,24 +550,36 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def stage_runner(
+    address: str | None, configs: Iterable[str], places: Mapping[str, str]
+) -> Iterator[RunStage]:
+    """Runs stages here, or as jobs of the cluster whose job server is at `address`.
+
+    configs: the stages' files, which must travel with a job; places: what the user named, by its flag.
+    """
+    if address is None:
+        yield run_here
+        return
+    # Imported here: it brings Ray, which a run on this machine does not need in this process.
+    from jobs.submission import JobServer
+
+    for what, url in places.items():
+        if storage.is_local(url):
+            print(f"note: {what} {url} is no URL: every node of the cluster has to see it there")
+    with JobServer.connect(address) as server:
+        for config in configs:
+            server.check_travels(config)
+        yield lambda stage, argv, on_line: server.run(stage.name, argv, on_line)
+
+
 def main(config: PipelineConfig) -> None:
     """Run all stages and show what came out."""
-    with _ended_by_sigterm():
-        if config.address is None:
-            run_stages(config, run_here)
-        else:
-            # Imported here: it brings Ray, which a run on this machine does not need in this process.
-            from jobs.submission import JobServer
-
-            at = places_of(config)
-            for what, url in (("output", at.root), ("images", at.images)):
-                if storage.is_local(url):
-                    print(f"note: {what} {url} is no URL: every node of the cluster has to see it there")
-            with JobServer.connect(config.address) as server:
-                for stage in stages(config):
-                    if stage.settings.config is not None:
-                        server.check_travels(stage.settings.config)
-                run_stages(config, lambda stage, argv, on_line: server.run(stage.name, argv, on_line))
+    at = places_of(config)
+    files = [stage.settings.config for stage in stages(config) if stage.settings.config is not None]
+    places = {"output": at.root, "images": at.images}
+    with ended_by_sigterm(), stage_runner(config.address, files, places) as run_stage:
+        run_stages(config, run_stage)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import parse
+from pretrain.evals.robustness import RobustnessConfig
 from pretrain.finetune import FinetuneConfig
 from pretrain.segmentation import SegmentationConfig
 from pretrain.train import PretrainConfig
@@ -27,6 +28,7 @@ PLACES: dict[type[Any], tuple[str, ...]] = {
     PrecomputeConfig: ("images", "tokenizer", "output"),
     PretrainConfig: ("images", "tokenizer", "output"),
     FinetuneConfig: ("train", "backbone", "output"),
+    RobustnessConfig: ("classifier", "clean", "imagenet_a", "imagenet_r", "imagenet_sketch", "output"),
     SegmentationConfig: ("train_images", "train_labels", "val_images", "val_labels", "backbone", "output"),
 }
 
@@ -201,6 +203,16 @@ for _name, (_lr, _decay, _drop, _layers, _channels) in SEGMENT.items():
         },
     )
 
+RECIPES["robustness"] = (
+    RobustnessConfig,
+    {
+        "center_fraction": 0.875,  # 224 of 256, as in fine-tuning (§6.1 of reference.md)
+        "interpolation": "bicubic",
+        "shifted": None,
+        "corruptions": None,
+    },
+)
+
 OTHER_VALUES = {
     "vqkd_base": {"warmup_epochs": "5"},
     "finetune_base_1600": {"layer_decay": "0.65", "drop_path": "0.1"},
@@ -254,11 +266,14 @@ def test_a_recipe_says_its_command_and_what_to_expect(name: str) -> None:
         PrecomputeConfig: "precompute_shards",
         PretrainConfig: "pretrain_mim",
         FinetuneConfig: "finetune_classifier",
+        RobustnessConfig: "evaluate_robustness",
         SegmentationConfig: "finetune_segmentation",
     }[RECIPES[name][0]]
     assert f"# python -m jobs.{job} --config jobs/configs/paper/{name}.yaml " in text
     if name != "precompute":
-        assert re.search(r"# Official run: \d+ GPUs of \d+ ", text) and "Not run here." in text
+        assert "Not run here." in text
+    if name not in ("precompute", "robustness"):
+        assert re.search(r"# Official run: \d+ GPUs of \d+ ", text)
     command = re.sub(r" \\\n# +", " ", text)
     given = {word for word in re.findall(r"--(\w+) s3://", command)}
     assert set(PLACES[RECIPES[name][0]]) <= given
@@ -277,3 +292,10 @@ def test_the_cifar10_recipe_fits_its_job() -> None:
     config = parse(FinetuneConfig, ["--config", str(path), *places])
     shape = config.scratch.resolve(image_size=config.image_size, patch_size=config.patch_size)
     assert (shape.width, shape.depth, shape.heads, shape.grid) == (128, 6, 4, (8, 8))
+
+
+def test_the_cifar10_robustness_recipe_fits_its_job() -> None:
+    path = CONFIGS / "cifar10" / "robustness.yaml"
+    config = parse(RobustnessConfig, ["--config", str(path), "--classifier=c", "--clean=v", "--output=o"])
+    assert config.corruption_names == ("gaussian_noise", "gaussian_blur", "contrast", "jpeg")
+    assert config.severity_levels == (1, 2, 3, 4, 5) and config.strengths == "cifar10_c"

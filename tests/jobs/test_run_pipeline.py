@@ -119,13 +119,14 @@ def test_overrides_come_last_and_keep_their_types(config: PipelineConfig) -> Non
         "nothing": None,
         "name": "with space",
         "list": [1, 2],
+        "empty": {},
     }
     stage = replace(
         run_pipeline.stages(config)[2], settings=StageConfig(config="a.yaml", overrides=overrides)
     )
     argv = run_pipeline.command_line(stage, run_pipeline.ClusterOverride(num_workers=0))
     assert argv[:2] == ["--config", "a.yaml"]
-    assert argv[-9:] == [
+    assert argv[-10:] == [
         "--cluster.num_workers",
         "0",
         "--model.width=64",
@@ -135,6 +136,7 @@ def test_overrides_come_last_and_keep_their_types(config: PipelineConfig) -> Non
         "--nothing=null",
         "--name=with space",
         "--list=[1, 2]",
+        "--empty={}",
     ]
 
 

@@ -1,0 +1,205 @@
+"""Labelled images for an evaluation: shards or class folders, and whether a classifier knows their classes.
+
+Classes are matched by name. Two datasets number them separately, and so may a classifier: a position says
+nothing where a class is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Literal
+
+import numpy as np
+import timm.data
+import torch
+from timm.data.imagenet_info import ImageNetInfo
+from torch import Tensor
+
+from pipeline import storage
+from pipeline.artifacts import sha256_hex
+from pipeline.cluster import ClusterConfig
+from pipeline.errors import InputError
+from pretrain.evals.features import UNLABELLED, read_labels
+from shards.commit import PLAN
+from shards.manifest import MANIFEST, open_dataset
+from shards.prepare import PARTS, PrepareConfig, prepare_images
+from shards.source_table import Source, rows_of
+from shards.source_tars import IMAGE_EXTENSIONS
+from shards.sources import SourceConfig, list_sources
+
+Benchmark = Literal["imagenet_a", "imagenet_r", "imagenet_sketch"]
+BENCHMARKS: dict[Benchmark, str] = {
+    "imagenet_a": "ImageNet-A",
+    "imagenet_r": "ImageNet-R",
+    "imagenet_sketch": "ImageNet-Sketch",
+}
+
+_SHOWN = 5  # names in an error message
+
+
+def wnids(benchmark: Benchmark) -> tuple[str, ...]:
+    """The classes of a published set, sorted: 200 for ImageNet-A and -R (86 in common), 1000 for -Sketch.
+
+    The lists are those that timm ships.
+    """
+    match benchmark:
+        case "imagenet_a" | "imagenet_r":
+            file = resources.files(timm.data) / "_info" / f"{benchmark}_synsets.txt"
+            return tuple(sorted(file.read_text(encoding="utf-8").split()))
+        case "imagenet_sketch":
+            return tuple(sorted(ImageNetInfo("imagenet-1k").label_names()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """The classes a classifier tells apart, in the order of its logits."""
+
+    url: str
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    """None where it knows them by number only."""
+
+    def places(self, names: Sequence[str]) -> tuple[int, ...]:
+        """The outputs of classes it knows, in the order of `names`."""
+        place = {name: i for i, name in enumerate(self.class_names or ())}
+        return tuple(place[name] for name in names)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSet:
+    """Labelled images at a URL, after a look at their labels.
+
+    Of image shards that look is exact. Of a folder not yet prepared it is a guess by file names, because
+    nothing was read: `labels` then has what looks like an image.
+    """
+
+    name: str
+    url: str
+    is_shards: bool
+    fingerprint: str
+    """Of the dataset, or of the listing with sizes and versions."""
+    class_names: tuple[str, ...] | None
+    labels: Tensor
+    """int64 [N], -1 where there is none."""
+    rejected: dict[str, int]
+    """Files that could not be read, by reason; nothing is known of them before they are prepared."""
+
+
+def look_at(name: str, url: str, cluster: ClusterConfig) -> ImageSet:
+    """The images at a URL: image shards where there are some, else a folder, tars or Parquet files.
+
+    Writes nothing. InputError where there is nothing, or nothing finished.
+    """
+    places = (MANIFEST, PLAN, *(storage.join(part, MANIFEST) for part in PARTS))
+    if any(storage.exists(storage.join(url, place)) for place in places):
+        dataset = open_dataset(url, "images")
+        return ImageSet(
+            name=name,
+            url=url,
+            is_shards=True,
+            fingerprint=dataset.fingerprint,
+            class_names=dataset.manifest.class_names,
+            labels=read_labels(dataset),
+            rejected=dataset.manifest.samples_rejected,
+        )
+    sources = list_sources(SourceConfig(url=url), cluster)
+    rows = rows_of(sources.table)
+    # Where no file is named like an image, any may be one.
+    likely = [row for row in rows if sources.kind != "folder" or _is_named_like_an_image(row)] or rows
+    labels = [UNLABELLED if row.label is None else row.label for row in likely]
+    return ImageSet(
+        name=name,
+        url=url,
+        is_shards=False,
+        fingerprint=sha256_hex(sources.to_bytes()),
+        class_names=sources.class_names,
+        labels=torch.from_numpy(np.asarray(labels, dtype=np.int64)),
+        rejected={},
+    )
+
+
+def prepare(found: ImageSet, output: str, cluster: ClusterConfig) -> ImageSet:
+    """The same images as shards, made at `output` if need be; what cannot be read is set aside there."""
+    if found.is_shards:
+        return found
+    prepare_images(PrepareConfig(source=found.url, output=output, cluster=cluster))
+    return look_at(found.name, output, cluster)
+
+
+def check_classes(found: ImageSet, outputs: Outputs) -> None:
+    """InputError, naming classes, where these images cannot be evaluated with this classifier.
+
+    They must all have a label, and their classes must be among the classifier's. A published set must have
+    its own classes, all of them, and the classifier must know them.
+    """
+    if not len(found.labels):
+        raise InputError(
+            f"{found.url} holds no readable image; give one that has some (what was rejected stands in "
+            f"{storage.join(found.url, 'rejects')})"
+        )
+    if missing := int((found.labels == UNLABELLED).sum()):
+        raise InputError(
+            f"{missing:,} of the {len(found.labels):,} images of {found.url} have no label; put them into "
+            "class folders, or leave them out"
+        )
+    if found.name in BENCHMARKS:
+        _check_benchmark(found, BENCHMARKS[found.name], wnids(found.name), outputs)
+    if (found.class_names is None) != (outputs.class_names is None):
+        numbered, named = (found.url, outputs.url) if found.class_names is None else (outputs.url, found.url)
+        raise InputError(
+            f"the classes of {numbered} have numbers only, those of {named} names, and a number does not say "
+            "which name it is; prepare images from class folders, import a classifier with --class_names"
+        )
+    if found.class_names is None:
+        if (largest := int(found.labels.max())) >= outputs.num_classes:
+            raise InputError(
+                f"an image of {found.url} has label {largest}, but {outputs.url} tells {outputs.num_classes} "
+                "classes apart, from 0; give images with the labels it was fine-tuned on"
+            )
+        return
+    unknown = _seen(found) - set(outputs.class_names or ())
+    if unknown:
+        raise InputError(
+            f"{found.url} has images of {_listed(unknown)}, which {outputs.url} does not know; give images "
+            "of the classes it was fine-tuned on, in folders of these names"
+        )
+
+
+def _check_benchmark(found: ImageSet, title: str, expected: Sequence[str], outputs: Outputs) -> None:
+    if outputs.class_names is None:
+        raise InputError(
+            f"the outputs of {outputs.url} have no names, so the classes of {title} cannot be found among "
+            "them; import it with --class_names, a file with a wnid per line"
+        )
+    if lacking := set(expected) - set(outputs.class_names):
+        raise InputError(
+            f"{outputs.url} does not know {_listed(lacking)} of the {len(expected)} classes of {title}; give "
+            "a classifier fine-tuned on ImageNet's class folders, which are named by wnid"
+        )
+    absent = set(expected) - set(found.class_names or ())
+    strange = _seen(found) - set(expected)
+    if absent or strange:
+        said = [f"lacks {_listed(absent)} of its {len(expected)} class folders"] if absent else []
+        said += [f"has {_listed(strange)} beside them"] if strange else []
+        raise InputError(
+            f"{found.url} is not {title}: it {' and '.join(said)}; give the folder that holds its wnid "
+            "folders, and nothing else"
+        )
+
+
+def _seen(found: ImageSet) -> set[str]:
+    """Names of the classes that have an image."""
+    names = found.class_names or ()
+    return {names[int(label)] for label in found.labels.unique()}
+
+
+def _listed(names: Collection[str]) -> str:
+    shown = ", ".join(sorted(names)[:_SHOWN])
+    return f"{shown} and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else shown
+
+
+def _is_named_like_an_image(source: Source) -> bool:
+    name = storage.name(source.url)
+    return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
