@@ -298,4 +298,4 @@ def test_the_cifar10_robustness_recipe_fits_its_job() -> None:
     path = CONFIGS / "cifar10" / "robustness.yaml"
     config = parse(RobustnessConfig, ["--config", str(path), "--classifier=c", "--clean=v", "--output=o"])
     assert config.corruption_names == ("gaussian_noise", "gaussian_blur", "contrast", "jpeg")
-    assert config.severity_levels == (1, 2, 3, 4, 5) and config.strengths == "cifar10_c"
+    assert config.severity_levels == (3, 5) and config.strengths == "cifar10_c"
