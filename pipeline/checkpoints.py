@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,8 +19,12 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.artifacts import sha256_hex
+from pipeline.worker import Worker
 
 FOLDER = "checkpoints"
+MEET_EVERY_S = 20.0
+"""Ranks that wait for rank 0's storage meet so often, lest their collective runs out of time."""
+_HEADER = {"epoch", "position", "step", "bytes", "sha256"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +40,8 @@ class CheckpointStore:
     """The checkpoints of one run, under `<output>/checkpoints/`: the newest `keep`, and the best.
 
     `save` copies the tensors and returns; a thread serializes, hashes and uploads them while training goes
-    on, one checkpoint at a time. What went wrong there is raised by the next call.
+    on, one checkpoint at a time. What went wrong there is raised by the next call. Before it, `is_writing`
+    says whether `save` would have to wait, and `wait_together` waits without keeping other ranks in the dark.
     """
 
     def __init__(self, output: str, *, keep: int = 2) -> None:
@@ -67,19 +73,31 @@ class CheckpointStore:
         if writing is not None:
             writing.result()
 
-    def latest(self) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest checkpoint that is complete and undamaged, on the CPU; None when there is none."""
+    def wait_together(self, worker: Worker) -> None:
+        """On all ranks: return when nothing is being written."""
+        while not worker.agree(self._written_within(MEET_EVERY_S)):
+            pass
+
+    def latest(self, worker: Worker | None = None) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest checkpoint that is complete and undamaged, on the CPU; None when there is none.
+
+        With a worker all ranks call, and RuntimeError names those that found another one.
+        """
         self.wait()
-        for name in reversed(self._names()):
-            if (found := self._load(name)) is not None:
-                return found
-        return None
+        loaded = (self._load(name) for name in reversed(self._stems()))
+        found = next((checkpoint for checkpoint in loaded if checkpoint is not None), None)
+        if worker is not None:
+            state = TrainState(epoch=-1, position=-1, step=-1) if found is None else found[0]
+            place = (state.epoch, state.position, state.step)
+            worker.require_same(f"epoch, position, step of {self._folder}", *place)
+        return found
 
     def best(self) -> tuple[TrainState, dict[str, Any]] | None:
-        """The checkpoint with the lowest score; None when none has one."""
+        """The undamaged checkpoint with the lowest score; None when none has one."""
         self.wait()
-        name = self._best(self._names())
-        return None if name is None else self._load(name)
+        records = {name: record for name in self._stems() if (record := self._record(name)) is not None}
+        loaded = (self._load(name) for name in _by_score(records))
+        return next((checkpoint for checkpoint in loaded if checkpoint is not None), None)
 
     def clear(self) -> None:
         """Remove all of them: a finished run needs none."""
@@ -97,38 +115,48 @@ class CheckpointStore:
         if score is not None and math.isfinite(score):
             record["score"] = score
         storage.put(self._url(name, "json"), json.dumps(record).encode())
-        names = self._names()
-        best = self._best(names)
-        for old in names[: -self._keep]:
-            if old != best:
-                storage.remove(self._url(old, "json"))
-                storage.remove(self._url(old, "pt"))
+        self._drop_older(name)
+
+    def _drop_older(self, newest: str) -> None:
+        """Keep the newest `keep` up to this one and the best; unfinished ones before it go too."""
+        older = [name for name in self._stems() if name <= newest]
+        records = {name: record for name in older if (record := self._record(name)) is not None}
+        kept = {*list(records)[-self._keep :], *_by_score(records)[:1]}
+        for name in older:
+            if name not in kept:
+                # The header goes first: without it the tensors are nothing.
+                storage.remove(self._url(name, "json"))
+                storage.remove(self._url(name, "pt"))
 
     def _load(self, name: str) -> tuple[TrainState, dict[str, Any]] | None:
         record = self._record(name)
-        data = _read_or_empty(self._url(name, "pt"))
-        if len(data) != record["bytes"] or sha256_hex(data) != record["sha256"]:
-            print(
-                f"warning: checkpoint {name} in {self._folder} is damaged, trying the one before", flush=True
-            )
+        data = b"" if record is None else _read_or_empty(self._url(name, "pt"))
+        if record is None or len(data) != record["bytes"] or sha256_hex(data) != record["sha256"]:
+            state = "unfinished or damaged" if record is None else "damaged"
+            print(f"warning: checkpoint {name} in {self._folder} is {state} and passed over", flush=True)
             return None
         tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         state = TrainState(epoch=record["epoch"], position=record["position"], step=record["step"])
         return state, tensors
 
-    def _best(self, names: list[str]) -> str | None:
-        scores = {name: score for name in names if (score := self._record(name).get("score")) is not None}
-        return min(scores, key=lambda name: scores[name], default=None)
+    def _record(self, name: str) -> dict[str, Any] | None:
+        """The header of a checkpoint; None where there is none, or half of one."""
+        try:
+            record = json.loads(_read_or_empty(self._url(name, "json")))
+        except ValueError:
+            return None
+        return record if isinstance(record, dict) and record.keys() >= _HEADER else None
 
-    def _record(self, name: str) -> dict[str, Any]:
-        return json.loads(storage.read(self._url(name, "json")))
+    def _written_within(self, seconds: float) -> bool:
+        return self._writing is None or bool(futures.wait([self._writing], timeout=seconds).done)
 
     def _url(self, name: str, extension: str) -> str:
         return storage.join(self._folder, f"{name}.{extension}")
 
-    def _names(self) -> list[str]:
-        found = [storage.name(file.url) for file in storage.list_files(self._folder)]
-        return sorted(name.removesuffix(".json") for name in found if name.endswith(".json"))
+    def _stems(self) -> list[str]:
+        """Names of what is there, finished or not, oldest first."""
+        found = [storage.name(file.url).rpartition(".") for file in storage.list_files(self._folder)]
+        return sorted({stem for stem, _, extension in found if extension in ("pt", "json")})
 
 
 def _copied(value: Any) -> Any:
@@ -140,6 +168,12 @@ def _copied(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_copied(inner) for inner in value)
     return value
+
+
+def _by_score(records: dict[str, dict[str, Any]]) -> list[str]:
+    """Names of those that have a score, the best first, among equals the oldest."""
+    scored = [name for name in sorted(records) if "score" in records[name]]
+    return sorted(scored, key=lambda name: records[name]["score"])
 
 
 def _read_or_empty(url: str) -> bytes:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pipeline.errors import InputError
 from pipeline.interruption import InterruptedRunError, Interruption, on_sigterm
+from pipeline.peers import Board, MissingRankError, Peers, blames_others, introduce, name_of
 
 if TYPE_CHECKING:
     from pipeline.worker import Worker
@@ -55,6 +56,8 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise InputError(f"cluster.num_workers is {self.num_workers}; give 0 (in process) or more")
+        if self.collective_timeout_s < 1:
+            raise InputError(f"cluster.collective_timeout_s is {self.collective_timeout_s}; give 1 or more")
 
 
 class WorkerFailedError(Exception):
@@ -231,10 +234,10 @@ def run_training(train: Callable[[Any, Worker], None], config: Any, cluster: Clu
 
     use_gpu, cpus = _resources(cluster)
     resources = {"CPU": float(cpus), **({"GPU": 1.0} if use_gpu else {})}
-    stop = _StopKey(f"stop-{uuid.uuid4().hex}")
+    board = _RunBoard(f"run-{uuid.uuid4().hex}")
     trainer = ray.train.torch.TorchTrainer(
         _train_on_worker,
-        train_loop_config={"train": train, "config": config, "num_threads": cpus, "stop": stop},
+        train_loop_config={"train": train, "config": config, "num_threads": cpus, "board": board},
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=use_gpu, resources_per_worker=resources
         ),
@@ -253,16 +256,16 @@ def run_training(train: Callable[[Any, Worker], None], config: Any, cluster: Clu
     with on_sigterm(asked.set):
         while not wait([fit], timeout=0.2).done:
             if asked.is_set():
-                stop.ask_and_wait()
+                board.ask_and_wait()
     error = fit.exception()
     if error is not None:
         failures = getattr(error, "worker_failures", None)
         if not failures:
             raise error
-        rank, cause = _first_to_fail({rank: _cause(failure) for rank, failure in failures.items()})
-        if isinstance(cause, InputError):
-            raise cause from None
-        raise WorkerFailedError(f"training worker {rank} failed: {cause!r}") from error
+        rank, failure = _first_to_fail(failures)
+        if isinstance(failure, InputError):
+            raise failure from None
+        raise WorkerFailedError(_named(rank, failure, board)) from error
 
 
 def _settle(future: Future[object], function: Callable[[], object]) -> None:
@@ -276,59 +279,71 @@ def _settle(future: Future[object], function: Callable[[], object]) -> None:
 def _train_on_worker(settings: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
+    import torch
 
     from pipeline.worker import Worker
 
     _set_num_threads(settings["num_threads"])
     context = ray.train.get_context()
-    with _interruption(settings["stop"]) as interruption:
-        worker = Worker(
-            rank=context.get_world_rank(),
-            world_size=context.get_world_size(),
-            device=ray.train.torch.get_device(),
-            interruption=interruption,
-        )
-        settings["train"](settings["config"], worker)
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device, board = ray.train.torch.get_device(), settings["board"]
+    introduce(board, rank)
+    attempt = torch.tensor([uuid.uuid4().int >> 66], device=device)
+    Worker(rank=rank, world_size=world_size, device=device).broadcast(attempt)
+    peers = Peers(board=board, attempt=f"attempt-{int(attempt)}", rank=rank, world_size=world_size)
+    with _interruption(board, peers) as interruption:
+        worker = Worker(rank=rank, world_size=world_size, device=device, interruption=interruption)
+        try:
+            settings["train"](settings["config"], worker)
+            peers.leave()
+        except RuntimeError as error:
+            if not blames_others(error):
+                raise
+            # Asking takes seconds, in which Ray sees by itself that a process or a node is gone: a node that
+            # was taken away is then not counted as a failure.
+            raise peers.find_missing(error) from error
 
 
 @dataclass(frozen=True)
-class _StopKey:
-    """A key of the cluster's own store, through which driver and workers of one run agree on its end."""
+class _RunBoard:
+    """Notes in the cluster's own store, through which driver and workers of one run talk."""
 
-    name: str
+    run: str
 
     def ask_and_wait(self) -> None:
         """In the driver, after SIGTERM: have the workers save, wait until one has, and end the run."""
         print("SIGTERM: the workers save and the run ends", flush=True)
-        self.say("stop")
+        self.say("end", "stop")
         given_up = time.monotonic() + SAVE_WITHIN_S
-        while time.monotonic() < given_up and self.said() != "saved":
+        while time.monotonic() < given_up and self.said("end") != "saved":
             time.sleep(0.1)
-        state = "state saved" if self.said() == "saved" else f"nothing saved within {SAVE_WITHIN_S:.0f} s"
+        saved = self.said("end") == "saved"
+        state = "state saved" if saved else f"nothing saved within {SAVE_WITHIN_S:.0f} s"
         raise InterruptedRunError(f"ended by SIGTERM, {state}; the same command goes on from there")
 
-    def say(self, word: str) -> None:
+    def say(self, about: str, word: str) -> None:
         from ray.experimental.internal_kv import _internal_kv_put
 
-        _internal_kv_put(self.name, word, overwrite=True)
+        _internal_kv_put(f"{self.run}/{about}", word, overwrite=True)
 
-    def said(self) -> str:
+    def said(self, about: str) -> str:
         from ray.experimental.internal_kv import _internal_kv_get
 
-        return (_internal_kv_get(self.name) or b"").decode()
+        return (_internal_kv_get(f"{self.run}/{about}") or b"").decode()
 
 
 @contextlib.contextmanager
-def _interruption(stop: _StopKey) -> Iterator[Interruption]:
-    """In a worker: hears of the driver's SIGTERM, and of nodes that are about to be taken away."""
+def _interruption(board: _RunBoard, peers: Peers) -> Iterator[Interruption]:
+    """In a worker: hears of the driver's SIGTERM and of nodes that are about to go, and answers its peers."""
     ended = threading.Event()
     preemption = _preemption_of_this_run()
+    training = threading.get_ident()
     stopping = False
 
     def saved() -> None:
         if not stopping:
             return  # only the node is threatened: Ray Train ends and restarts the group when it goes
-        stop.say("saved")
+        board.say("end", "saved")
         # The driver ends now, and with it this process. A return would leave the other ranks waiting in a
         # collective, an error would be taken for a failure.
         ended.wait(10 * SAVE_WITHIN_S)
@@ -338,14 +353,15 @@ def _interruption(stop: _StopKey) -> Iterator[Interruption]:
 
     def listen() -> None:
         nonlocal stopping
-        warned = False
+        warned = answered = False
         while not ended.wait(LISTEN_EVERY_S):
-            if not stopping and stop.said() == "stop":
+            if not stopping and board.said("end") == "stop":
                 stopping = True
                 interruption.ask()
             if not warned and preemption():
                 warned = True
                 interruption.ask()
+            answered = answered or peers.answer(training)
 
     listener = threading.Thread(target=listen, name="interruption", daemon=True)
     listener.start()
@@ -370,15 +386,20 @@ def _preemption_of_this_run() -> Callable[[], bool]:
     return lambda: heard.preemption_info is not None
 
 
-def _first_to_fail(causes: dict[int, BaseException]) -> tuple[int, BaseException]:
+def _first_to_fail(failures: dict[int, BaseException]) -> tuple[int, BaseException]:
     """The rank that failed by itself: the others' errors are about the connection they lost with it."""
+    rank = min(failures, key=lambda rank: (blames_others(failures[rank]), rank))
+    return rank, failures[rank]
 
-    def is_echo(cause: BaseException) -> bool:
-        words = str(cause).lower()
-        return any(word in words for word in ("gloo", "nccl", "connection", "socket", "process group"))
 
-    rank = min(causes, key=lambda rank: (is_echo(causes[rank]), rank))
-    return rank, causes[rank]
+def _named(rank: int, failure: BaseException, board: Board) -> str:
+    """One line that names the rank which failed, its process, and why."""
+    if isinstance(failure, MissingRankError):
+        return str(failure)
+    death = getattr(failure, "health_check_failure", None)
+    if death is not None:
+        return f"{name_of(board, rank)} died: {str(death).strip().splitlines()[-1]}"
+    return f"{name_of(board, rank)} failed: {failure!r}"
 
 
 # ------------------------------------------------------------------------------------------------ inside

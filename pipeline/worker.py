@@ -58,10 +58,13 @@ class Worker:
             return decision
         return bool(self.broadcast(torch.tensor([decision], dtype=torch.int32, device=self.device)))
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.world_size > 1:
-            dist.barrier()
+    def require_same(self, what: str, *numbers: int) -> None:
+        """RuntimeError, naming the ranks, unless every rank gives rank 0's numbers."""
+        given = self.gather(torch.tensor([numbers], device=self.device))
+        differing = (given != given[0]).any(dim=1).nonzero().flatten().tolist()
+        if differing:
+            theirs, ours = given[differing].tolist(), given[0].tolist()
+            raise RuntimeError(f"{what}: ranks {differing} found {theirs}, rank 0 found {ours}")
 
 
 def local_worker(interruption: Interruption) -> Worker:

@@ -247,7 +247,7 @@ def _train(run: Finetuning, worker: Worker) -> None:
     checkpoints = CheckpointStore(output, keep=config.checkpoint_keep)
     state, metrics = TrainState(), dict[str, float]()
     losses: list[float] = []
-    if (found := checkpoints.latest()) is not None:
+    if (found := checkpoints.latest(worker)) is not None:
         state, tensors = found
         model.load_state_dict(tensors["model"])
         optimizer.load_state_dict(tensors["optimizer"])
@@ -334,7 +334,7 @@ def _train(run: Finetuning, worker: Worker) -> None:
                     log.log(step, {"loss": metrics["loss"], "lr": lr(place), "grad_norm": float(grad_norm)})
             if progress is not None:
                 progress.update(samples.global_size, epoch=epoch + 1, **metrics)
-            due = time.monotonic() - saved > config.checkpoint_every_s
+            due = time.monotonic() - saved > config.checkpoint_every_s and not checkpoints.is_writing
             if worker.is_main and due and not last_of_epoch:
                 checkpoint(epoch, position)
                 saved = time.monotonic()
@@ -343,6 +343,7 @@ def _train(run: Finetuning, worker: Worker) -> None:
         if val is not None:
             metrics |= evaluate(run, start, val, worker, save_if_asked)
             require_finite(metrics, step, [f"all of {val.url}"])
+        checkpoints.wait_together(worker)
         if worker.is_main:
             assert log is not None
             log.log(step, {"epoch": epoch + 1, **metrics}, split="epoch")
@@ -354,6 +355,7 @@ def _train(run: Finetuning, worker: Worker) -> None:
     reader.close()
     if worker.is_main:
         assert log is not None and progress is not None
+        # The other ranks are done: none of them waits in a collective while this one saves.
         about: dict[str, Any] = {
             "steps": step,
             "seconds": progress.elapsed_s,
@@ -372,7 +374,6 @@ def _train(run: Finetuning, worker: Worker) -> None:
         progress.close(**metrics)
         log.close()
         checkpoints.clear()
-    worker.barrier()
 
 
 def _augmented(run: Finetuning, start: Start, samples: SampleBatch, epoch: int, worker: Worker) -> MixedBatch:
@@ -512,9 +513,13 @@ def _train_reader(config: FinetuneConfig, train: Dataset, start: Start, worker: 
     )
 
 
+def default_center_fraction(image_size: int) -> float:
+    """Side of the evaluation crop over the shorter side of the image, where nothing else is asked for."""
+    return 1.0 if image_size >= _UNCROPPED_FROM else CENTER_FRACTION
+
+
 def _val_reader(config: FinetuneConfig, val: Dataset, start: Start, worker: Worker) -> ShardReader:
     image_size = start.image_size
-    fraction = 1.0 if image_size >= _UNCROPPED_FROM else CENTER_FRACTION
     return ShardReader(
         val,
         batch_size=max(worker.world_size, min(config.batch_size, val.num_samples())),
@@ -522,7 +527,7 @@ def _val_reader(config: FinetuneConfig, val: Dataset, start: Start, worker: Work
         world_size=worker.world_size,
         views=ViewPolicy(image_size=image_size, interpolation=config.views.interpolation),
         center_crop=True,
-        center_fraction=config.center_fraction or fraction,
+        center_fraction=config.center_fraction or default_center_fraction(image_size),
         shuffle=False,
         drop_last=False,
         num_threads=config.decode_threads,

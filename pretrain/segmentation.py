@@ -308,7 +308,7 @@ def _train(run: _Run, worker: Worker) -> None:
     checkpoints = CheckpointStore(config.output, keep=config.checkpoint_keep)
     step, metrics = 0, dict[str, float]()
     unlogged: list[Tensor] = []
-    if (found := checkpoints.latest()) is not None:
+    if (found := checkpoints.latest(worker)) is not None:
         state, tensors = found
         step, metrics = state.step, tensors["metrics"]
         model.load_state_dict(tensors["model"])
@@ -397,18 +397,21 @@ def _train(run: _Run, worker: Worker) -> None:
                     print(f"step {step:,}: mIoU {score.miou:.4f}", flush=True)
                 model.train()
             # Here nothing is unlogged, so other ranks' sums need not be saved.
-            if worker.is_main and time.monotonic() - saved > config.checkpoint_every_s:
+            due = time.monotonic() - saved > config.checkpoint_every_s and not checkpoints.is_writing
+            if worker.is_main and due:
                 checkpoint()
                 saved = time.monotonic()
         if progress is not None:
             progress.update(1, **metrics)
         answer_interruption()
 
+    checkpoints.wait_together(worker)
     if worker.is_main:
         checkpoint()
     score = evaluate(pictures=True)
     if worker.is_main:
         assert log is not None and progress is not None
+        # The other ranks are done: none of them waits in a collective while this one saves.
         progress.close(**metrics)
         save_segmenter(
             config.output,
@@ -424,7 +427,6 @@ def _train(run: _Run, worker: Worker) -> None:
         )
         log.close()
         checkpoints.clear()
-    worker.barrier()
 
 
 def poly_schedule(config: PolyOptimConfig, steps: int) -> Callable[[int], float]:

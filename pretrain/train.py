@@ -247,7 +247,7 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
     checkpoints = CheckpointStore(output, keep=config.checkpoint_keep)
     state, metrics = TrainState(), dict[str, float]()
     sums = torch.zeros(5, dtype=torch.float64, device=device)
-    if (found := checkpoints.latest()) is not None:
+    if (found := checkpoints.latest(worker)) is not None:
         state, tensors = found
         model.load_state_dict(tensors["model"])
         optimizer.load_state_dict(tensors["optimizer"])
@@ -330,7 +330,7 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
                 if reports is not None:
                     reports.at(step)
                 # Here the sums are empty on every rank: a resumed run has the records of a straight one.
-                due = time.monotonic() - saved > config.checkpoint_every_s
+                due = time.monotonic() - saved > config.checkpoint_every_s and not checkpoints.is_writing
                 if worker.is_main and due and not last_of_epoch:
                     checkpoint(epoch, samples.next_position)
                     saved = time.monotonic()
@@ -339,6 +339,7 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
             if worker.is_main and worker.interruption.asked:
                 checkpoint(epoch, samples.next_position, wait=True)
                 worker.interruption.saved()
+        checkpoints.wait_together(worker)
         if worker.is_main:
             checkpoint(epoch + 1, 0)
             saved = time.monotonic()
@@ -346,6 +347,7 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
     reader.close()
     if worker.is_main:
         assert log is not None and progress is not None and reports is not None
+        # The other ranks are done: none of them waits in a collective while this one saves.
         reports.close()
         save_backbone(
             output,
@@ -363,7 +365,6 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
         progress.close(**metrics)
         log.close()
         checkpoints.clear()
-    worker.barrier()
 
 
 def _batch(

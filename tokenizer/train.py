@@ -185,7 +185,7 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
     checkpoints = CheckpointStore(output, keep=config.checkpoint_keep)
     state, figures, metrics = TrainState(), dict[str, float](), dict[str, float]()
     means, usage = RunningMeans(device), CodeUsage(config.model.codebook_size, device)
-    if (found := checkpoints.latest()) is not None:
+    if (found := checkpoints.latest(worker)) is not None:
         state, tensors = found
         model.load_state_dict(tensors["model"])
         optimizer.load_state_dict(tensors["optimizer"])
@@ -293,8 +293,8 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
                 if reports is not None:
                     reports.at(step)
                 # Here the means are empty on every rank: a resumed run has the records of a straight one.
-                due = worker.agree(time.monotonic() - saved > config.checkpoint_every_s)
-                if due and not last_of_epoch:
+                due = time.monotonic() - saved > config.checkpoint_every_s and not checkpoints.is_writing
+                if worker.agree(due) and not last_of_epoch:
                     chosen = usage.gather(worker)
                     if worker.is_main:
                         checkpoint(epoch, position, chosen)
@@ -313,6 +313,7 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
             save = functools.partial(save_if_asked, epoch, position, chosen)
             found = validate(model, teacher, config, val_images, worker, save)
             metrics |= {f"val_{name}": value for name, value in found.items()}
+        checkpoints.wait_together(worker)
         if worker.is_main:
             assert log is not None
             log.log(step, {"epoch": epoch + 1, **metrics}, split="epoch")
@@ -324,6 +325,7 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
     reader.close()
     if worker.is_main:
         assert log is not None and progress is not None and reports is not None
+        # The other ranks are done: none of them waits in a collective while this one saves.
         reports.close()
         # Without validation images, the last epoch's training figures say what they can.
         kind = "train" if val_images is None else "val"
@@ -344,7 +346,6 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
         progress.close()
         log.close()
         checkpoints.clear()
-    worker.barrier()
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ class Head:
 
 
 @contextlib.contextmanager
-def running_head() -> Iterator[Head]:
+def running_head(num_cpus: int = 2) -> Iterator[Head]:
     """Starts a head, and afterwards ends every process that it started."""
     port = _free_port()
     binaries = str(Path(sys.executable).parent)
@@ -61,7 +61,7 @@ def running_head() -> Iterator[Head]:
             f"{binaries}/ray", "start", "--head", "--block", "--disable-usage-stats", f"--port={port}",
             "--include-dashboard=false", f"--dashboard-agent-listen-port={_free_port()}",
             f"--ray-client-server-port={_free_port()}", "--min-worker-port=0", "--max-worker-port=0",
-            f"--temp-dir={folder}", "--num-cpus=2", f"--object-store-memory={128 << 20}",
+            f"--temp-dir={folder}", f"--num-cpus={num_cpus}", f"--object-store-memory={128 << 20}",
         ]  # fmt: skip
         with log.open("wb") as output:
             process = subprocess.Popen(

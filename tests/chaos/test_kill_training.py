@@ -3,104 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import random
+import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from pipeline import storage
 from pipeline.checkpoints import CheckpointStore
-from pipeline.cluster import ClusterConfig
+from pipeline.cluster import ClusterConfig, WorkerFailedError, run_training
 from pipeline.interruption import InterruptedRunError
 from pipeline.metrics import read_metrics
-from pipeline.optim import OptimConfig
-from pretrain.backbone import BackboneSize
-from pretrain.masking import MaskConfig
-from pretrain.mim import MIMConfig, PatchAggregationConfig
-from pretrain.train import PretrainConfig, pretrain_mim
-from shards.prepare import PrepareConfig, prepare_images
-from shards.views import ViewPolicy
-from tokenizer.precompute import PrecomputeConfig, precompute_shards
-from tokenizer.train import TokenizerTrainConfig, train_tokenizer
-from tokenizer.vqkd import VQKDConfig
+from pipeline.worker import Worker
+from tests.chaos.conftest import Run, Stage
 
 if TYPE_CHECKING:
     from tests.conftest import RayHead
-
-Run = Callable[[Any], None]
-HERE = ClusterConfig(num_workers=0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One of the two training loops, with everything it reads."""
-
-    train: Run
-    config: Any
-    weights: str
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
-    """Both loops on 48 small pictures, with enough steps to be killed in."""
-    from PIL import Image
-
-    root = tmp_path_factory.mktemp("stages")
-    (root / "pictures").mkdir()
-    generator = random.Random(0)
-    for number in range(48):
-        picture = Image.effect_noise((48, 48), generator.uniform(10, 90)).convert("RGB")
-        picture.save(root / "pictures" / f"{number:02d}.png")
-    images, tokenizer, shards = (str(root / name) for name in ("images", "tokenizer", "shards"))
-    prepare_images(PrepareConfig(source=str(root / "pictures"), output=images, cluster=HERE))
-    stage_one = TokenizerTrainConfig(
-        images=images,
-        val_images=images,
-        output=tokenizer,
-        model=VQKDConfig(
-            image_size=32, patch_size=8, width=32, depth=1, heads=2, codebook_size=16, code_dim=8
-        ),
-        views=ViewPolicy(image_size=32, views_per_image=0),
-        epochs=8,
-        batch_size=8,
-        log_every_steps=2,
-        checkpoint_every_s=0.0,
-        cluster=HERE,
-    )
-    train_tokenizer(stage_one)
-    precompute_shards(
-        PrecomputeConfig(
-            images=images,
-            tokenizer=tokenizer,
-            output=shards,
-            samples_per_shard=16,
-            batch_size=8,
-            cluster=HERE,
-        )
-    )
-    stage_two = PretrainConfig(
-        shards=shards,
-        output=str(root / "backbone"),
-        backbone=BackboneSize(width=32, depth=2, heads=2, drop_path=0.1),
-        mim=MIMConfig(patch_aggregation=PatchAggregationConfig(layer=1, head_depth=1)),
-        mask=MaskConfig(),
-        optim=OptimConfig(warmup_epochs=1),
-        epochs=12,
-        batch_size=8,
-        log_every_steps=4,
-        checkpoint_every_s=0.0,
-        cluster=HERE,
-    )
-    return {
-        "tokenizer": Stage(train=train_tokenizer, config=stage_one, weights="tokenizer.safetensors"),
-        "backbone": Stage(train=pretrain_mim, config=stage_two, weights="backbone.safetensors"),
-    }
 
 
 def _run(train: Run, config: Any) -> None:
@@ -109,14 +33,6 @@ def _run(train: Run, config: Any) -> None:
         train(config)
     except InterruptedRunError:
         os._exit(1)
-
-
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    """New processes that have the slow imports behind them already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tokenizer.train", "pretrain.train"])
-    return context
 
 
 def _result(stage: Stage, output: str) -> tuple[bytes, list[Any]]:
@@ -195,7 +111,8 @@ def test_two_workers_killed_on_a_cluster_end_with_the_same_bits(
     stages: dict[str, Stage], ray_head: RayHead, head_pid: int, processes: Any, tmp_path: Path, name: str
 ) -> None:
     stage = stages[name]
-    cluster = ClusterConfig(num_workers=2, address=ray_head.address, max_failures=20)
+    # One thread each: two are ten times slower where other programs take the cores too.
+    cluster = ClusterConfig(num_workers=2, cpus_per_worker=1, address=ray_head.address, max_failures=20)
     longer = {"epochs": 40, "cluster": cluster}
     straight = dataclasses.replace(stage.config, output=str(tmp_path / "straight"), **longer)
     stage.train(straight)
@@ -220,6 +137,57 @@ def test_two_workers_killed_on_a_cluster_end_with_the_same_bits(
     assert driver.exitcode == 0 and kills >= 1
     assert _result(stage, config.output) == _result(stage, straight.output)
     print(f"{name}: {kills} kills of one of two workers, same bits")
+
+
+def _fail_on_rank_1(config: dict[str, str], worker: Worker) -> None:
+    """Two ranks meet once; before the second time rank 1 raises, is killed, hangs, or is stopped."""
+    worker.sum(torch.ones(1))
+    if worker.rank == 1:
+        Path(config["folder"], "pid").write_text(str(os.getpid()))
+        match config["how"]:
+            case "raises":
+                raise ValueError("there is no such thing")
+            case "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hangs":
+                time.sleep(3600)
+            case "stops":
+                os.kill(os.getpid(), signal.SIGSTOP)
+    worker.sum(torch.ones(1))
+
+
+@pytest.mark.chaos
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ("raises", r"^rank 1 \(pid {pid} on .+\) failed: ValueError\('there is no such thing'\)"),
+        ("dies", r"^rank 1 \(pid {pid} on .+\) died: The actor is dead because"),
+        (
+            "hangs",
+            r"^rank 0 met others in vain \(.*Timed out.*\): "
+            r"rank 1 \(pid {pid} on .+\) is at chaos/test_kill_training.py:\d+ \(_fail_on_rank_1\)",
+        ),
+        (
+            "stops",
+            r"^rank 0 met others in vain \(.*Timed out.*\): rank 1 \(pid {pid} on .+\) does not answer",
+        ),
+    ],
+)
+def test_a_rank_that_fails_ends_its_group_and_is_named(
+    ray_head: RayHead, tmp_path: Path, how: str, named: str
+) -> None:
+    """Rank 0 waits for it in a collective, and it is rank 1 that the job's error must name."""
+    # Far more than the minute in which a group ends, where it does not end by this.
+    timeout_s = 10.0 if how in ("hangs", "stops") else 600.0
+    cluster = ClusterConfig(
+        num_workers=2, address=ray_head.address, max_failures=0, collective_timeout_s=timeout_s
+    )
+    with pytest.raises(WorkerFailedError) as failed:
+        run_training(_fail_on_rank_1, {"folder": str(tmp_path), "how": how}, cluster)
+    took = time.time() - Path(tmp_path, "pid").stat().st_mtime
+    print(f"rank 1 {how}: the job ended {took:.0f} s later: {failed.value}")
+    assert re.search(named.format(pid=Path(tmp_path, "pid").read_text()), str(failed.value))
 
 
 @pytest.mark.chaos

@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline.cluster import ClusterConfig, WorkerFailedError, map_items, run_training
+from pipeline.cluster import (
+    ClusterConfig,
+    WorkerFailedError,
+    _first_to_fail,
+    _named,
+    map_items,
+    run_training,
+)
 from pipeline.errors import InputError
+from pipeline.peers import MissingRankError
 
 if TYPE_CHECKING:
     from pipeline.worker import Worker
@@ -132,3 +140,54 @@ def test_a_training_group_talks_restarts_and_passes_errors_on(ray_head: RayHead,
     failing = ClusterConfig(num_workers=1, address=ray_head.address, max_failures=0)
     with pytest.raises(InputError, match="these settings do not fit"):
         run_training(_train, {"folder": str(tmp_path), "fail": "yes"}, failing)
+
+
+class _Died(Exception):
+    """As Ray Train reports a process that is gone."""
+
+    def __init__(self) -> None:
+        super().__init__("A worker health check failed")
+        self.health_check_failure = RuntimeError(
+            "The actor died unexpectedly.\n\tpid: 4711\n"
+            "The actor is dead because its worker process has died with a connection error."
+        )
+
+
+class _Notes:
+    """A board on which all ranks have introduced themselves."""
+
+    def say(self, about: str, word: str) -> None:
+        raise AssertionError((about, word))
+
+    def said(self, about: str) -> str:
+        rank = about.removeprefix("process-")
+        return f"pid {rank}{rank} on node-{rank}"
+
+
+ECHO = RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [10.0.0.1]:9929")
+IN_VAIN = MissingRankError("rank 0 met others in vain (gloo): rank 2 (pid 22 on node-2) does not answer")
+
+
+@pytest.mark.parametrize(
+    ("failures", "named"),
+    [
+        ({0: ECHO, 1: ValueError("no")}, "rank 1 (pid 11 on node-1) failed: ValueError('no')"),
+        (
+            {0: ECHO, 2: _Died()},
+            "rank 2 (pid 22 on node-2) died: "
+            "The actor is dead because its worker process has died with a connection error.",
+        ),
+        ({0: IN_VAIN, 1: ECHO}, str(IN_VAIN)),
+        ({0: IN_VAIN, 1: ConnectionResetError("by the store")}, "rank 1 (pid 11 on node-1) failed: "),
+    ],
+)
+def test_the_error_names_the_rank_that_failed_by_itself(
+    failures: dict[int, BaseException], named: str
+) -> None:
+    """Not rank 0, whose connection to it broke."""
+    assert _named(*_first_to_fail(failures), _Notes()).startswith(named)
+
+
+def test_a_timeout_that_rounds_to_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match=r"collective_timeout_s is 0\.5"):
+        ClusterConfig(collective_timeout_s=0.5)

@@ -21,7 +21,9 @@ from pipeline.optim import OptimConfig, set_lr
 from pretrain.backbone import BackboneSize, load_backbone, read_backbone_header
 from pretrain.mim import MIMConfig, PatchAggregationConfig, load_mim
 from pretrain.train import PretrainConfig, pretrain_mim
+from shards.manifest import open_dataset
 from shards.reader import SampleBatch, ShardReader
+from tests.pipeline.gloo_group import GlooGroups, GroupKilledError, check_nothing_lost_nothing_twice
 
 if TYPE_CHECKING:
     from tests.conftest import RayHead
@@ -170,6 +172,26 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(
         assert read_metrics(str(tmp_path / "straight")) == read_metrics(str(output))
 
 
+def test_the_newest_and_the_best_epoch_are_kept_during_a_run(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a learning rate that ruins the model, so that the best epoch is an early one."""
+    kept: list[str] = []
+
+    def look(self: CheckpointStore) -> None:
+        self.wait()
+        kept.extend(sorted(path.stem for path in (tmp_path / "out" / "checkpoints").glob("*.json")))
+
+    monkeypatch.setattr(CheckpointStore, "clear", look)
+    config = make_config(tmp_path / "out", epochs=6, log_every_steps=5)
+    pretrain_mim(dataclasses.replace(config, optim=OptimConfig(peak_lr=30.0, warmup_epochs=3)))
+    losses = {int(r["step"]): float(r["loss_total"]) for r in _train_records(tmp_path / "out")}
+    assert list(losses) == [5, 10, 15, 20, 25, 30]
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 25
+    assert kept == [f"step-{step:09d}" for step in (best, 25, 30)]
+
+
 def test_another_batch_size_goes_on_at_the_next_unseen_sample(
     make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,6 +234,51 @@ def test_finished_run_is_left_alone_and_another_is_refused(
     with pytest.raises(InputError, match=r"mim\.patch_aggregation\.layer: there 2, asked 1"):
         pretrain_mim(make_config(backbone_url, layer=1))
     assert (Path(backbone_url) / "backbone.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_another_number_of_workers_goes_on_at_the_next_unseen_sample(
+    make_config: Make,
+    token_shards: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: int,
+    after: int,
+) -> None:
+    """Killed in the second epoch of 40 samples; batches of 7 give two ranks 4 and 3, and leave 5 out."""
+    groups = GlooGroups(tmp_path / "groups")
+    monkeypatch.setattr("pretrain.train.run_training", groups.run)
+    config = make_config(tmp_path / "out", checkpoint_every_s=0.0, epochs=2, batch_size=7)
+    groups.kill_at_step = 8
+    with pytest.raises(GroupKilledError):
+        pretrain_mim(dataclasses.replace(config, cluster=ClusterConfig(num_workers=before)))
+    groups.kill_at_step = None
+    pretrain_mim(dataclasses.replace(config, cluster=ClusterConfig(num_workers=after)))
+    taken = groups.taken()
+    with ShardReader(open_dataset(token_shards), batch_size=7, seed=config.seed) as reader:
+        assert reader.num_dropped == 5
+        check_nothing_lost_nothing_twice(taken, reader.batches, num_epochs=2)
+    places = [(part.world_size, part.epoch, part.position) for part in taken if part.rank == 0]
+    assert places[6:8] == [(before, 1, 7), (after, 1, 14)]
+    assert [r["step"] for r in _train_records(tmp_path / "out")] == list(range(1, 11))
+
+
+def test_two_workers_killed_end_with_the_bits_of_a_straight_run(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = GlooGroups(tmp_path / "groups")
+    monkeypatch.setattr("pretrain.train.run_training", groups.run)
+    two = {"cluster": ClusterConfig(num_workers=2), "epochs": 2, "checkpoint_every_s": 0.0}
+    pretrain_mim(make_config(tmp_path / "straight", **two))
+    for step in (3, 4):
+        groups.kill_at_step = step
+        with pytest.raises(GroupKilledError):
+            pretrain_mim(make_config(tmp_path / "killed", **two))
+    groups.kill_at_step = None
+    pretrain_mim(make_config(tmp_path / "killed", **two))
+    straight, killed = _weights(tmp_path / "straight"), _weights(tmp_path / "killed")
+    assert all(torch.equal(straight[name], killed[name]) for name in straight)
+    assert read_metrics(str(tmp_path / "straight")) == read_metrics(str(tmp_path / "killed"))
 
 
 @pytest.mark.ray

@@ -13,9 +13,13 @@ import torch
 
 from pipeline.artifacts import read_header
 from pipeline.checkpoints import CheckpointStore
+from pipeline.cluster import ClusterConfig
 from pipeline.errors import InputError
 from pipeline.interruption import InterruptedRunError
 from pipeline.metrics import read_metrics
+from shards.manifest import open_dataset
+from shards.reader import ShardReader
+from tests.pipeline.gloo_group import GlooGroups, GroupKilledError, check_nothing_lost_nothing_twice
 from tokenizer.teacher import TeacherConfig
 from tokenizer.train import TokenizerTrainConfig, train_tokenizer
 
@@ -117,6 +121,52 @@ def test_sigterm_during_validation_saves_and_goes_on_bit_for_bit(
     straight, resumed = _weights(tokenizer_url), _weights(tmp_path / "out")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     assert read_metrics(tokenizer_url) == read_metrics(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_another_number_of_workers_goes_on_at_the_next_unseen_sample(
+    tokenizer_config: Make,
+    image_shards: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: int,
+    after: int,
+) -> None:
+    """Killed in the second epoch of 39 samples; batches of 7 give two ranks 4 and 3, and leave 4 out."""
+    groups = GlooGroups(tmp_path / "groups")
+    monkeypatch.setattr("tokenizer.train.run_training", groups.run)
+    config = dataclasses.replace(tokenizer_config(tmp_path / "out", checkpoint_every_s=0.0), batch_size=7)
+    groups.kill_at_step = 8
+    with pytest.raises(GroupKilledError):
+        train_tokenizer(dataclasses.replace(config, cluster=ClusterConfig(num_workers=before)))
+    groups.kill_at_step = None
+    train_tokenizer(dataclasses.replace(config, cluster=ClusterConfig(num_workers=after)))
+    taken, views = groups.taken(), config.views.resolve(32)
+    with ShardReader(open_dataset(image_shards), batch_size=7, seed=config.seed, views=views) as reader:
+        assert reader.num_dropped == 4
+        check_nothing_lost_nothing_twice(taken, reader.batches, num_epochs=2)
+    places = [(part.world_size, part.epoch, part.position) for part in taken if part.rank == 0]
+    assert places[6:8] == [(before, 1, 7), (after, 1, 14)]
+    steps = [r["step"] for r in read_metrics(str(tmp_path / "out")) if r["split"] == "train"]
+    assert steps == list(range(1, 11))
+
+
+def test_two_workers_killed_end_with_the_bits_of_a_straight_run(
+    tokenizer_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = GlooGroups(tmp_path / "groups")
+    monkeypatch.setattr("tokenizer.train.run_training", groups.run)
+    train_tokenizer(tokenizer_config(tmp_path / "straight", num_workers=2, checkpoint_every_s=0.0))
+    config = tokenizer_config(tmp_path / "killed", num_workers=2, checkpoint_every_s=0.0)
+    for step in (3, 4):
+        groups.kill_at_step = step
+        with pytest.raises(GroupKilledError):
+            train_tokenizer(config)
+    groups.kill_at_step = None
+    train_tokenizer(config)
+    straight, killed = _weights(tmp_path / "straight"), _weights(tmp_path / "killed")
+    assert all(torch.equal(straight[name], killed[name]) for name in straight)
+    assert read_metrics(str(tmp_path / "straight")) == read_metrics(str(tmp_path / "killed"))
 
 
 @pytest.mark.ray

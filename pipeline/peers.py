@@ -1,0 +1,116 @@
+"""Who is missing when a collective fails: the ranks of a group tell each other where they stand.
+
+A rank that waits in vain learns no more than that a connection broke or that its time is up. Without asking,
+its error would name itself, not the rank that died or hangs.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import sysconfig
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Protocol
+
+ANSWER_WITHIN_S = 4.0
+"""How long a rank that lost the others waits for their answers; they look for questions every second."""
+MOST_NAMED = 8
+_WAITING = "waits for others too"
+_SILENT = "does not answer"
+_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+
+
+class MissingRankError(Exception):
+    """A rank met others in vain: the message says which, and where each of them stands."""
+
+
+class Board(Protocol):
+    """Notes that driver and ranks of one run leave for each other, outside of the collectives."""
+
+    def say(self, about: str, word: str) -> None:
+        """Leave a note, in place of an earlier one."""
+        ...
+
+    def said(self, about: str) -> str:
+        """The note about something; empty when there is none."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peers:
+    """A rank among those of one attempt at a run; a restarted group is another attempt."""
+
+    board: Board
+    attempt: str
+    rank: int
+    world_size: int
+
+    def answer(self, thread: int) -> bool:
+        """Say where a thread of this process stands if another rank asks; True once it is said."""
+        if not self.board.said(f"{self.attempt}/where"):
+            return False
+        self._say_place(place_of(thread))
+        return True
+
+    def leave(self) -> None:
+        """Say that this rank will not meet the others any more."""
+        self._say_place("has left its training function")
+
+    def find_missing(self, error: BaseException) -> MissingRankError:
+        """What to raise for a failed collective: it says where others are, those who stand apart first."""
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        self.board.say(f"{self.attempt}/where", "asked")
+        places = dict.fromkeys(others, "")
+        given_up = time.monotonic() + ANSWER_WITHIN_S
+        while not all(places.values()) and time.monotonic() < given_up:
+            time.sleep(0.5)
+            for rank in (rank for rank, place in places.items() if not place):
+                places[rank] = self.board.said(f"{self.attempt}/place-{rank}")
+        places = {rank: place or _SILENT for rank, place in places.items()}
+        times = Counter(places.values())
+        others.sort(key=lambda rank: (places[rank] != _SILENT, places[rank] == _WAITING, times[places[rank]]))
+        named = [f"{name_of(self.board, rank)} {places[rank]}" for rank in others[:MOST_NAMED]]
+        if len(others) > MOST_NAMED:
+            named.append(f"and {len(others) - MOST_NAMED} more")
+        return MissingRankError(f"rank {self.rank} met others in vain ({error}): {'; '.join(named)}")
+
+    def _say_place(self, place: str) -> None:
+        self.board.say(f"{self.attempt}/place-{self.rank}", place)
+
+
+def introduce(board: Board, rank: int) -> None:
+    """Say which process is this rank."""
+    board.say(f"process-{rank}", f"pid {os.getpid()} on {socket.gethostname()}")
+
+
+def name_of(board: Board, rank: int) -> str:
+    """`rank 1 (pid 4711 on node-3)`; the latest process that was this rank."""
+    process = board.said(f"process-{rank}")
+    return f"rank {rank} ({process})" if process else f"rank {rank}"
+
+
+def blames_others(error: BaseException) -> bool:
+    """True for what torch.distributed raises when a connection breaks or its time is up."""
+    words = str(error).lower()
+    return isinstance(error, MissingRankError) or (
+        isinstance(error, RuntimeError)
+        and any(word in words for word in ("gloo", "nccl", "connection", "socket", "process group"))
+    )
+
+
+def place_of(thread: int) -> str:
+    """Where a thread of this process stands: its innermost line outside of libraries, and within them."""
+    frames = traceback.extract_stack(sys._current_frames()[thread])
+    if any(frame.filename == __file__ for frame in frames):
+        return _WAITING
+    ours = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+    shown = dict.fromkeys(
+        f"{'/'.join(PurePath(frame.filename).parts[-2:])}:{frame.lineno} ({frame.name})"
+        for frame in (*ours[-1:], frames[-1])
+    )
+    return f"is at {', in '.join(shown)}"
