@@ -6,6 +6,7 @@ Plain values go in, a PNG comes out; nothing here knows a model.
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ def draw(title: str, clean: Point, sets: Sequence[Point], curves: Sequence[Curve
         _draw_sets(axes.pop(0), clean, sets)
     if curves:
         _draw_curves(axes.pop(0), clean, curves)
-    figure.suptitle(title)
+    figure.suptitle("\n".join(textwrap.wrap(title, round(9 * sum(ratios)))), fontsize="medium")
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130)
     return file.getvalue()
