@@ -39,7 +39,7 @@ def permute(m: int, seed: int, epoch: int, stream: int, i: int) -> np.ndarray:
     words |= np.arange(m, dtype=np.uint64)
     words.sort()
     words &= index_mask
-    return words.astype(np.int64)
+    return words.view(np.int64)
 
 
 def view_of_epoch(num_views: int, seed: int, epoch: int) -> int:
@@ -146,7 +146,7 @@ class Order:
         window = (np.searchsorted(self._edges, laid, side="right") - 1).astype(self._window_type)
         grouped = np.argsort(window, kind="stable")
         laid, window = laid[grouped], window[grouped]
-        cuts = np.concatenate([[0], np.flatnonzero(window[1:] != window[:-1]) + 1, [len(window)]]).tolist()
+        cuts = [0, *(np.flatnonzero(window[1:] != window[:-1]) + 1).tolist(), len(window)]
         touched = window[cuts[:-1]].astype(np.int64)
         starts = self._edges[touched]
         firsts = np.searchsorted(self._starts, starts, side="right") - 1  # steps over empty shards
@@ -160,8 +160,9 @@ class Order:
             if last > first + 1:
                 places[group] += np.searchsorted(self._starts[first + 1 : last], inside, side="right")
             laid[group] = inside
+        laid -= self._starts[places]
+        row[grouped] = laid
         shard[grouped] = self._shards[places]
-        row[grouped] = laid - self._starts[places]
 
     def _permutation(self, i: int) -> np.ndarray:
         found = self._windows.get(i)
