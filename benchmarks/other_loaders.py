@@ -306,7 +306,7 @@ def _require(name: str) -> None:
 def _written(config: OtherLoadersConfig, folder: str) -> _Data:
     """The token dataset, and its samples in the formats of the others."""
     root = os.path.join(folder, "tokens")
-    ours._write(config.data, root, config.samples_per_shard)
+    ours._write(config.data, root, config.data.samples)
     dataset = open_dataset(root)
     crops = ours._crops(dataset)
     for name in config.loaders:

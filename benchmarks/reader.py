@@ -23,6 +23,7 @@ the machine idle meanwhile.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -56,7 +57,7 @@ from shards.build import build_shard
 from shards.commit import commit, finish, pending, start
 from shards.manifest import Dataset, open_dataset
 from shards.node_cache import CacheConfig
-from shards.order import DEFAULT_LANES, Order
+from shards.order import Order
 from shards.plan import Plan
 from shards.reader import ShardReader
 from shards.samples import StoredSample
@@ -90,8 +91,11 @@ class BenchmarkConfig:
     """Where the tars lie."""
     rounds: int = 5
     """How often the loops take turns."""
-    pace: float = 0.6
-    """Rate at which the paced cases take samples, as a part of decoding alone in as many threads."""
+    paced_shards: int = 96
+    """Tars that the paced cases read: more than lanes, so that some come while others are read."""
+    pace: float = 0.4
+    """Rate at which the paced cases take samples, as a part of decoding alone in as many threads; the store
+    runs on the same cores."""
     order_samples: int = 1_281_167
     """Samples of the order that is timed."""
     plot: str | None = None
@@ -104,10 +108,9 @@ def main(config: BenchmarkConfig) -> None:
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="reader-bench-") as folder:
         local = os.path.join(folder, "data")
-        _write(config, os.path.join(local, TOKENS), config.samples_per_shard)
+        _write(config, os.path.join(local, TOKENS), config.samples)
         if "s3" in config.stores:
-            # More shards than lanes, so that most are fetched while others are read.
-            _write(config, os.path.join(local, MANY_SHARDS), max(1, config.samples // (2 * DEFAULT_LANES)))
+            _write(config, os.path.join(local, MANY_SHARDS), config.paced_shards * config.samples_per_shard)
         with contextlib.ExitStack() as stack:
             for store in config.stores:
                 root = local if store == "local" else stack.enter_context(_slow_s3(local))
@@ -381,9 +384,9 @@ def _order(config: BenchmarkConfig) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------- data, stores
 
 
-def _write(config: BenchmarkConfig, root: str, samples_per_shard: int) -> None:
-    """Token shards of random crops with random codes."""
-    bounds = [*range(0, config.samples, samples_per_shard), config.samples]
+def _write(config: BenchmarkConfig, root: str, num_samples: int) -> None:
+    """Token shards of random crops with random codes; beyond `samples` of them they come again."""
+    bounds = [*range(0, num_samples, config.samples_per_shard), num_samples]
     side = config.image_size
     spec = {"fingerprint": "0" * 64, "grid": list(GRID), "codebook_size": CODEBOOK_SIZE, "image_size": side}
     plan = Plan(
@@ -395,11 +398,15 @@ def _write(config: BenchmarkConfig, root: str, samples_per_shard: int) -> None:
         header={"tokenizer": spec, "class_names": None},
     )
     photographs = _photographs(config)
+    made: dict[int, StoredSample] = {}
     start(root, plan)
     for item in pending(root, plan):
-        samples = [
-            _sample(config, i, photographs[i % len(photographs)]) for i in range(item.first_id, item.end_id)
-        ]
+        samples = []
+        for i in range(item.first_id, item.end_id):
+            number = i % config.samples
+            if number not in made:
+                made[number] = _sample(config, number, photographs[number % len(photographs)])
+            samples.append(dataclasses.replace(made[number], sample_id=i))
         commit(root, plan, item, build_shard(samples, [], grid=GRID, codebook_size=CODEBOOK_SIZE))
     finish(root, plan, decode_crop)
 

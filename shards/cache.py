@@ -117,6 +117,15 @@ class ShardCache:
             self._shards[key] = future
             return future
 
+    def touch(self, view: int, number: int) -> None:
+        """A shard is used on: those that are not give way before it.
+
+        What gives way while somebody holds it stays mapped, and keeps its room on the disk too.
+        """
+        with self._lock:
+            if (view, number) in self._shards:
+                self._shards.move_to_end((view, number))
+
     def size(self, view: int, number: int) -> int:
         """Bytes that a shard takes of `max_bytes`."""
         if view not in self._sizes:

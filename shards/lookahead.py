@@ -110,6 +110,8 @@ class Lookahead:
                 future = self._cache.get(self._view, number)
                 self._bytes += self._cache.size(self._view, number)
                 self._opening.append(future)
+            else:
+                self._cache.touch(self._view, number)
             self._held[number] = (future, users + 1)
             shards[number] = future
         self._queue.append(PlannedBatch(plan, shards))

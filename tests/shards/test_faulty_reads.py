@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from tests.chaos.proxy import Faults
 
 if TYPE_CHECKING:
     from tests.chaos.proxy import FaultProxy
-    from tests.shards.conftest import Written
+    from tests.shards.conftest import SmallDataset, Written
 
 BATCH = 4
 
@@ -62,6 +63,16 @@ def assert_same(found: list[SampleBatch], expected: list[SampleBatch]) -> None:
 @pytest.fixture
 def expected(written_once: Written) -> list[SampleBatch]:
     return read(ShardReader(open_dataset(written_once.tokens), batch_size=BATCH, num_threads=0), 3)
+
+
+def _bytes_in(folder: Path) -> int:
+    """What the files of a cache take, those that are being fetched too; they come and go, and are renamed."""
+    sizes: dict[int, int] = {}
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found = path.stat()
+            sizes[found.st_ino] = found.st_size
+    return sum(sizes.values())
 
 
 def first_shard(dataset: Dataset) -> ShardInfo:
@@ -103,6 +114,43 @@ def test_a_small_cache_holds_its_bound_and_gives_fewer_lanes(
     assert len(set(seen)) == 2 * 12
     with pytest.raises(InputError, match=rf"cache\.bytes is {largest:,}.*give at least {2 * largest:,}"):
         make_reader(num_bytes=largest)
+
+
+@pytest.mark.parametrize(("room", "batch_size"), [(7, 3), (12, 3), (12, 14), (24, 26)])
+def test_a_cache_for_some_of_many_shards_is_never_too_full_to_go_on(
+    fault_proxy: FaultProxy,
+    s3_url: str,
+    small_dataset: Callable[..., SmallDataset],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    room: int,
+    batch_size: int,
+) -> None:
+    """Shards that are done give way to those that are due, whatever order they were opened in."""
+    monkeypatch.setattr(node_cache, "ROOM_WAIT_S", 3.0)
+    local = str(tmp_path / "local")
+    small = small_dataset(first_ids=(*range(0, 400, 10), 400), views=1, rejected={})
+    small.plan.header["tokenizer"]["image_size"] = 16
+    small.write(local)
+    for found in storage.list_files(local):
+        storage.put(s3_url + found.url.removeprefix(local), storage.read(found.url))
+    dataset = open_dataset(s3_url, "tokens")
+    bound = room * int(dataset.shard_bytes(0).max())
+    folder = tmp_path / "cache"
+    with ShardReader(
+        dataset,
+        batch_size=batch_size,
+        epochs=3,
+        drop_last=False,
+        cache=CacheConfig(folder=str(folder), bytes=bound),
+    ) as reader:
+        assert reader.lanes > 1
+        for epoch in range(3):
+            seen = []
+            for batch in reader.batches(epoch):
+                seen += batch.keys
+                assert _bytes_in(folder) <= bound
+            assert len(set(seen)) == len(seen) == 400
 
 
 # ------------------------------------------------------------------------------------------------ faulty

@@ -30,6 +30,9 @@ class FakeCache:
         self.futures.append(future)
         return future
 
+    def touch(self, view: int, number: int) -> None:
+        assert (view, number) in self.asked
+
     def size(self, view: int, number: int) -> int:
         del view, number
         return 10
