@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
@@ -117,14 +117,15 @@ class ShardCache:
             self._shards[key] = future
             return future
 
-    def touch(self, view: int, number: int) -> None:
-        """A shard is used on: those that are not give way before it.
+    def touch(self, view: int, numbers: Iterable[int]) -> None:
+        """Shards are used on: those that are not give way before them.
 
         What gives way while somebody holds it stays mapped, and keeps its room on the disk too.
         """
         with self._lock:
-            if (view, number) in self._shards:
-                self._shards.move_to_end((view, number))
+            for number in numbers:
+                if (view, number) in self._shards:
+                    self._shards.move_to_end((view, number))
 
     def size(self, view: int, number: int) -> int:
         """Bytes that a shard takes of `max_bytes`."""

@@ -110,10 +110,9 @@ class Lookahead:
                 future = self._cache.get(self._view, number)
                 self._bytes += self._cache.size(self._view, number)
                 self._opening.append(future)
-            else:
-                self._cache.touch(self._view, number)
             self._held[number] = (future, users + 1)
             shards[number] = future
+        self._cache.touch(self._view, shards)
         self._queue.append(PlannedBatch(plan, shards))
         self._samples += len(plan.positions)
         self._next_plan = next(self._plans, None)

@@ -175,7 +175,8 @@ class NodeCache:
                 while written < len(view):
                     written += os.pwrite(descriptor, view[written:], written)
             # Where somebody cleared the folder meanwhile, the bytes are right nevertheless, only not shared.
-            with contextlib.suppress(FileNotFoundError):
+            # Not while another counts the files: under neither name it would be left out.
+            with contextlib.suppress(FileNotFoundError), self._alone():
                 os.rename(partial, self._path(wanted))
             fcntl.flock(descriptor, fcntl.LOCK_SH)  # after the rename: in between nobody has the lock
             return map_file(descriptor, self._path(wanted), was_here=False)

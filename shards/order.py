@@ -142,7 +142,7 @@ class Order:
         # Positions are grouped by window, because a window spans few shards, often one: finding the shard
         # there is nearly free, while a search over all shards would cost as much as all the rest.
         lap = positions // self.lanes
-        laid = self._lane_starts[positions - lap * self.lanes] + lap  # dividing once is twice as fast as divmod
+        laid = self._lane_starts[positions - lap * self.lanes] + lap  # twice as fast as divmod
         window = (np.searchsorted(self._edges, laid, side="right") - 1).astype(self._window_type)
         grouped = np.argsort(window, kind="stable")
         laid, window = laid[grouped], window[grouped]

@@ -395,6 +395,7 @@ class ShardReader:
             workers.decoders.submit(self._fill, batch, planned, epoch, start, min(start + chunk, size))
             for start in range(0, size, chunk)
         ]
+        chunks.append(workers.decoders.submit(_look_up, batch, planned))
         return _PendingBatch(batch, planned, chunks)
 
     def _fill(self, batch: SampleBatch, planned: PlannedBatch, epoch: int, start: int, end: int) -> None:
@@ -482,28 +483,28 @@ class _PendingBatch:
             raise RuntimeError("the reader was closed while a batch was being read") from None
         finally:
             self.cancel()
-        self._look_up()
         return self.batch
-
-    def _look_up(self) -> None:
-        """Fill in what the indexes say, shard by shard: sample by sample it would cost too much."""
-        batch, plan = self.batch, self.planned.plan
-        by_shard = np.argsort(plan.shards, kind="stable")
-        numbers, rows = plan.shards[by_shard], plan.rows[by_shard]
-        cuts = [0, *(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
-        for first, end in pairwise(cuts):
-            if first == end:
-                return  # an empty part of a short batch
-            shard = self.planned.shards[int(numbers[first])].result()
-            places, found = by_shard[first:end], rows[first:end]
-            batch.sample_ids[places] = shard.sample_ids[found]
-            batch.labels[places] = shard.labels[found]
-            if batch.codes is not None and shard.codes is not None:
-                batch.codes[places] = shard.codes[found]
 
     def cancel(self) -> None:
         for chunk in self.chunks:
             chunk.cancel()
+
+
+def _look_up(batch: SampleBatch, planned: PlannedBatch) -> None:
+    """Fill in what the indexes say, shard by shard: sample by sample it would cost too much."""
+    plan = planned.plan
+    by_shard = np.argsort(plan.shards, kind="stable")
+    numbers, rows = plan.shards[by_shard], plan.rows[by_shard]
+    cuts = [0, *(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
+    for first, end in pairwise(cuts):
+        if first == end:
+            return  # an empty part of a short batch
+        shard = planned.shards[int(numbers[first])].result()
+        places, found = by_shard[first:end], rows[first:end]
+        batch.sample_ids[places] = shard.sample_ids[found]
+        batch.labels[places] = shard.labels[found]
+        if batch.codes is not None and shard.codes is not None:
+            batch.codes[places] = shard.codes[found]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

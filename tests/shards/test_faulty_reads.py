@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -66,12 +67,14 @@ def expected(written_once: Written) -> list[SampleBatch]:
 
 
 def _bytes_in(folder: Path) -> int:
-    """What the files of a cache take, those that are being fetched too; they come and go, and are renamed."""
-    sizes: dict[int, int] = {}
-    for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            found = path.stat()
-            sizes[found.st_ino] = found.st_size
+    """What the files of a cache take, those that are being fetched too, while nobody makes room."""
+    with open(folder / node_cache._LOCK) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        sizes: dict[int, int] = {}
+        for path in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # renamed, once it is complete
+                found = path.stat()
+                sizes[found.st_ino] = found.st_size
     return sum(sizes.values())
 
 
@@ -116,7 +119,7 @@ def test_a_small_cache_holds_its_bound_and_gives_fewer_lanes(
         make_reader(num_bytes=largest)
 
 
-@pytest.mark.parametrize(("room", "batch_size"), [(7, 3), (12, 3), (12, 14), (24, 26)])
+@pytest.mark.parametrize(("room", "batch_size"), [(7, 3), (24, 26)])
 def test_a_cache_for_some_of_many_shards_is_never_too_full_to_go_on(
     fault_proxy: FaultProxy,
     s3_url: str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -30,8 +31,8 @@ class FakeCache:
         self.futures.append(future)
         return future
 
-    def touch(self, view: int, number: int) -> None:
-        assert (view, number) in self.asked
+    def touch(self, view: int, numbers: Iterable[int]) -> None:
+        assert {(view, number) for number in numbers} <= set(self.asked)
 
     def size(self, view: int, number: int) -> int:
         del view, number
