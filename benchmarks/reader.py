@@ -199,7 +199,7 @@ def _paced(config: BenchmarkConfig, root: str, folder: str, part: float) -> dict
                     reader.telemetry.take()
                 time.sleep(step_s)
                 if batch.position % (16 * config.batch_size) == 0:
-                    most = max(most, sum(entry.stat().st_size for entry in os.scandir(cache)))
+                    most = max(most, _bytes_in(cache))
             epochs.append(reader.telemetry.take())
     return {
         "case": f"reader, paced, s3, {workers} workers, a cache for {part:.0%} of {total / 1e6:.0f} MB",
@@ -214,6 +214,15 @@ def _paced(config: BenchmarkConfig, root: str, folder: str, part: float) -> dict
         "cache_mb": round(bound / 1e6, 1),
         "largest_mb": round(most / 1e6, 1),
     }
+
+
+def _bytes_in(folder: str) -> int:
+    """What the files of a folder take, of which some come and go."""
+    total = 0
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            total += entry.stat().st_size
+    return total
 
 
 # ------------------------------------------------------------------------------------------------ the loops
