@@ -130,7 +130,7 @@ def test_a_cache_for_some_of_many_shards_is_never_too_full_to_go_on(
     batch_size: int,
 ) -> None:
     """Shards that are done give way to those that are due, whatever order they were opened in."""
-    monkeypatch.setattr(node_cache, "ROOM_WAIT_S", 3.0)
+    monkeypatch.setattr(node_cache, "ROOM_WAIT_S", 15.0)
     local = str(tmp_path / "local")
     small = small_dataset(first_ids=(*range(0, 400, 10), 400), views=1, rejected={})
     small.plan.header["tokenizer"]["image_size"] = 16
