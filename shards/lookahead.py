@@ -58,6 +58,8 @@ class Lookahead:
         self._samples = 0
         self._opening: list[Future[OpenShard]] = []
         self._next_plan = next(plans, None)
+        self._next_shard: tuple[int, int] | None = None
+        """Of those that follow, the one that is asked for as soon as there is room."""
 
     def __iter__(self) -> Iterator[PlannedBatch]:
         while self._queue or self._next_plan is not None:
@@ -118,13 +120,13 @@ class Lookahead:
         self._next_plan = next(self._plans, None)
 
     def _follow(self) -> bool:
-        """Ask for one shard of the next epoch; False where there is none, or no room."""
-        found = next(self._following, None)
-        if found is None:
-            return False
-        if self._bytes + self._cache.size(*found) > self._max_bytes:
-            self._following = iter(())
+        """Ask for one shard of the next epoch; False where there is none, or no room yet."""
+        if self._next_shard is None:
+            self._next_shard = next(self._following, None)
+        found = self._next_shard
+        if found is None or self._bytes + self._cache.size(*found) > self._max_bytes:
             return False
         self._bytes += self._cache.size(*found)
         self._opening.append(self._cache.get(*found))
+        self._next_shard = None
         return True

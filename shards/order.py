@@ -20,6 +20,7 @@ AHEAD_SHARDS = 8
 """Shards that are asked for before any batch needs them, where the cache has room for so many."""
 
 _LOCATED_AT_ONCE = 1 << 17
+_PLANNED_AT_ONCE = 1 << 12
 _SHARD_STREAM = 0
 _WINDOW_STREAM = 1
 _VIEW_STREAM = 2
@@ -220,10 +221,19 @@ def batch_plans(
 
     With `drop_last` the epoch ends before a batch that would be short; else that one is the last.
     """
-    end = order.num_samples
-    while position < end and not (drop_last and position + batch_size > end):
-        size = min(batch_size, end - position)
-        positions = rank_slice(position, size, rank, world_size, order.lanes)
-        shards, rows = order.locate(positions)
-        yield BatchPlan(position, size, positions, shards, rows)
-        position += size
+    num_samples = max(order.num_samples - position, 0)
+    end = position + (num_samples - num_samples % batch_size if drop_last else num_samples)
+    # Many batches at a time: a window costs the same for one sample as for a hundred.
+    stride = batch_size * -(-_PLANNED_AT_ONCE * world_size // batch_size)
+    for first in range(position, end, stride):
+        starts = range(first, min(first + stride, end), batch_size)
+        sizes = [min(batch_size, end - start) for start in starts]
+        parts = [
+            rank_slice(start, size, rank, world_size, order.lanes)
+            for start, size in zip(starts, sizes, strict=True)
+        ]
+        shards, rows = order.locate(np.concatenate(parts))
+        cuts = np.cumsum([len(part) for part in parts])[:-1]
+        found = zip(starts, sizes, parts, np.split(shards, cuts), np.split(rows, cuts), strict=True)
+        for plan in found:
+            yield BatchPlan(*plan)

@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -224,6 +223,7 @@ class ShardReader:
         """Stop all threads and forget open shards. Iterators in progress end with an error."""
         workers, self._workers = self._workers, None
         if workers is not None and workers.pid == os.getpid():
+            workers.planner.shutdown(wait=True, cancel_futures=True)
             workers.decoders.shutdown(wait=True, cancel_futures=True)
             workers.fetchers.shutdown(wait=True, cancel_futures=True)
 
@@ -328,26 +328,32 @@ class ShardReader:
             following=self._following(epoch),
             ahead=self.num_threads > 0,
         )
-        ahead: deque[_PendingBatch] = deque()
-        asked = time.perf_counter()
-        try:
-            for planned in plans:
-                ahead.append(self._begin(workers, planned, view, epoch))
-                if len(ahead) > self.prefetch:
-                    yield self._delivered(plans, ahead.popleft(), asked)
-                    asked = time.perf_counter()
-            while ahead:
-                yield self._delivered(plans, ahead.popleft(), asked)
-                asked = time.perf_counter()
-        finally:
-            for pending in ahead:
-                pending.cancel()
+        coming = iter(plans)
 
-    def _delivered(self, plans: Lookahead, pending: _PendingBatch, asked: float) -> SampleBatch:
-        batch = pending.finished()
-        plans.done(pending.planned)
-        self.telemetry.delivered(len(batch.sample_ids), time.perf_counter() - asked)
-        return batch
+        def begin_next(finished: PlannedBatch | None) -> _PendingBatch | None:
+            if finished is not None:
+                plans.done(finished)
+            planned = next(coming, None)
+            return None if planned is None else self._begin(workers, planned, view, epoch)
+
+        ahead = deque(workers.planner.submit(begin_next, None) for _ in range(self.prefetch))
+        finished: PlannedBatch | None = None
+        try:
+            while True:
+                asked = time.perf_counter()
+                ahead.append(workers.planner.submit(begin_next, finished))
+                pending = ahead.popleft().result()
+                if pending is None:
+                    return
+                batch, finished = pending.finished(), pending.planned
+                self.telemetry.delivered(len(batch.sample_ids), time.perf_counter() - asked)
+                yield batch
+        except CancelledError:
+            raise RuntimeError("the reader was closed while a batch was being read") from None
+        finally:
+            for future in ahead:
+                if not future.cancel() and future.exception() is None and (begun := future.result()):
+                    begun.cancel()
 
     def _open_bytes(self) -> int:
         """Tar bytes that this rank keeps open: its lanes' part of the cache, all where there is one lane."""
@@ -358,16 +364,19 @@ class ShardReader:
     def _started(self) -> _Workers:
         """The threads of this process: those of a parent do not survive a fork."""
         if self._workers is None or self._workers.pid != os.getpid():
-            inline = self.num_threads == 0
-            fetchers = _InlineExecutor() if inline else ThreadPoolExecutor(FETCH_THREADS, "shard-fetch")
-            decoders = _InlineExecutor() if inline else ThreadPoolExecutor(self.num_threads, "shard-decode")
+
+            def threads(number: int, name: str) -> Executor:
+                return ThreadPoolExecutor(number, name) if self.num_threads > 0 else _InlineExecutor()
+
+            fetchers = threads(FETCH_THREADS, "shard-fetch")
             cache = ShardCache(
                 self.dataset, fetchers, self._open_bytes(), NodeCache(self.cache), self.telemetry
             )
             self._workers = _Workers(
                 pid=os.getpid(),
+                planner=threads(1, "shard-plan"),
                 fetchers=fetchers,
-                decoders=decoders,
+                decoders=threads(self.num_threads, "shard-decode"),
                 cache=cache,
                 buffers=_Buffers(self.prefetch + 3),
             )
@@ -395,7 +404,6 @@ class ShardReader:
             workers.decoders.submit(self._fill, batch, planned, epoch, start, min(start + chunk, size))
             for start in range(0, size, chunk)
         ]
-        chunks.append(workers.decoders.submit(_look_up, batch, planned))
         return _PendingBatch(batch, planned, chunks)
 
     def _fill(self, batch: SampleBatch, planned: PlannedBatch, epoch: int, start: int, end: int) -> None:
@@ -406,6 +414,10 @@ class ShardReader:
         opened = time.perf_counter()
         for place, number, row in zip(range(start, end), numbers, rows, strict=True):
             shard = shards[number]
+            batch.sample_ids[place] = shard.sample_ids[row]
+            batch.labels[place] = shard.labels[row]
+            if batch.codes is not None and shard.codes is not None:
+                batch.codes[place] = shard.codes[row]
             data = shard.image(row)
             if not self.decoded:
                 batch.encoded[place] = data
@@ -479,10 +491,9 @@ class _PendingBatch:
         try:
             for chunk in self.chunks:
                 chunk.result()
-        except CancelledError:
-            raise RuntimeError("the reader was closed while a batch was being read") from None
-        finally:
+        except BaseException:
             self.cancel()
+            raise
         return self.batch
 
     def cancel(self) -> None:
@@ -490,28 +501,13 @@ class _PendingBatch:
             chunk.cancel()
 
 
-def _look_up(batch: SampleBatch, planned: PlannedBatch) -> None:
-    """Fill in what the indexes say, shard by shard: sample by sample it would cost too much."""
-    plan = planned.plan
-    by_shard = np.argsort(plan.shards, kind="stable")
-    numbers, rows = plan.shards[by_shard], plan.rows[by_shard]
-    cuts = [0, *(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
-    for first, end in pairwise(cuts):
-        if first == end:
-            return  # an empty part of a short batch
-        shard = planned.shards[int(numbers[first])].result()
-        places, found = by_shard[first:end], rows[first:end]
-        batch.sample_ids[places] = shard.sample_ids[found]
-        batch.labels[places] = shard.labels[found]
-        if batch.codes is not None and shard.codes is not None:
-            batch.codes[places] = shard.codes[found]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Workers:
     """What lives in one process only."""
 
     pid: int
+    planner: Executor
+    """One thread, so that planning and asking for shards cost the consumer nothing."""
     fetchers: Executor
     decoders: Executor
     cache: ShardCache

@@ -115,6 +115,10 @@ def test_the_next_epoch_follows_where_there_is_room() -> None:
     order, cache = Order([10] * 4, 0, 0, 1, 1), FakeCache(opens_at_once=True)
     consumed(look(cache, order, 5, following=iter([(5, 1), (5, 0)])))
     assert cache.asked[-2:] == [(5, 1), (5, 0)]
+    waiting = FakeCache(opens_at_once=True)
+    consumed(look(waiting, order, 5, following=iter([(5, 1), (5, 0)]), max_bytes=30))
+    assert waiting.asked[-2:] == [(5, 1), (5, 0)]  # each as soon as a shard of this epoch gave way
+    assert [view for view, _ in waiting.asked] == [3] * 4 + [5] * 2
     tight = FakeCache(opens_at_once=True)
     consumed(look(tight, order, 5, following=iter([(5, 1), (5, 0)]), max_bytes=5))
     assert all(view == 3 for view, _ in tight.asked)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.order import Order, default_shape, permute, rank_slice, view_of_epoch
+from shards.order import Order, SampleOrder, batch_plans, default_shape, permute, rank_slice, view_of_epoch
 
 WORD = (1 << 64) - 1
 
@@ -151,6 +151,36 @@ def test_epoch_is_partitioned_over_ranks(lanes: int, batch: int, world: int) -> 
     for position in range(resumed_at, total, 7):
         after += located(order, rank_slice(position, min(7, total - position), 0, 1, lanes))
     assert sorted(before + after) == everything(sizes)
+
+
+@given(
+    batch=st.integers(1, 40),
+    world=st.integers(1, 5),
+    position=st.integers(0, 240),
+    drop_last=st.booleans(),
+    at_once=st.sampled_from([1, 7, 64, 4096]),
+    in_order=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_plans_are_the_ranks_parts_one_batch_after_the_other(
+    batch: int, world: int, position: int, drop_last: bool, at_once: int, in_order: bool
+) -> None:
+    """Many are located at a time, which must not show."""
+    sizes = [17, 0, 40, 23, 9, 31, 1, 16, 100]
+    total = sum(sizes)
+    end = total - max(total - position, 0) % batch if drop_last else total
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shards.order._PLANNED_AT_ONCE", at_once)
+        for rank in range(world):
+            order = SampleOrder(sizes) if in_order else Order(sizes, 3, 4, 5, 2)
+            plans = batch_plans(order, position, batch, rank=rank, world_size=world, drop_last=drop_last)
+            for start, plan in zip(range(position, end, batch), plans, strict=True):
+                size = min(batch, end - start)
+                part = rank_slice(start, size, rank, world, order.lanes)
+                shards, rows = order.locate(part)
+                assert (plan.position, plan.global_size) == (start, size)
+                assert plan.positions.tolist() == part.tolist()
+                assert (plan.shards.tolist(), plan.rows.tolist()) == (shards.tolist(), rows.tolist())
 
 
 def test_seed_and_epoch_change_the_order() -> None:
