@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,18 +32,28 @@ FETCH_TRIES = 3
 _PLACE_COLUMNS = ("sample_id", "image_offset", "image_bytes", "label")
 
 
+def record_type(dataset: Dataset) -> np.dtype[np.void]:
+    """What is known of a sample beside its image, together, so that one copy takes it into a batch.
+
+    `sample_id` and `label` int64, a label of -1 means none; in token datasets `codes` uint16 [grid area].
+    """
+    fields: list[tuple[Any, ...]] = [("sample_id", np.int64), ("label", np.int64)]
+    if dataset.kind == "tokens":
+        rows, columns = dataset.manifest.grid
+        fields.append(("codes", np.uint16, (rows * columns,)))
+    return np.dtype(fields)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class OpenShard:
     """One shard ready to read; row i of everything is sample i of its index.
 
-    `sample_ids` and `labels` are int64 [n], a label of -1 means none; `codes` are uint16 [n, grid area], None
-    for image shards. `starts` and `ends` bound each image in `payload`, which begins somewhere in the tar.
+    `records` are of `record_type`, [n]. `starts` and `ends` bound each image in `payload`, which begins
+    somewhere in the tar.
     """
 
     info: ShardInfo
-    sample_ids: np.ndarray
-    labels: np.ndarray
-    codes: np.ndarray | None
+    records: np.ndarray
     starts: list[int]
     ends: list[int]
     hashes: list[bytes] | None
@@ -54,7 +65,7 @@ class OpenShard:
         data = self.payload[self.starts[row] : self.ends[row]]
         if self.hashes is not None and hashlib.sha256(data).digest() != self.hashes[row]:
             raise InputError(
-                f"sample {self.sample_ids[row]} in {self.info.tar}, indexed in place as shard "
+                f"sample {self.records['sample_id'][row]} in {self.info.tar}, indexed in place as shard "
                 f"{self.info.name}, has changed; bring the old tar back or prepare again"
             )
         return data
@@ -156,11 +167,14 @@ class ShardCache:
             )
         self._telemetry.opened(hit=file.was_here)
         starts = offsets.astype(np.int64) - file_start
+        records = np.empty(len(table), record_type(self._dataset))
+        records["sample_id"] = table.column("sample_id").to_numpy()
+        records["label"] = table.column("label").fill_null(-1).to_numpy()
+        if self._dataset.kind == "tokens":
+            records["codes"] = codes_of(table)
         return OpenShard(
             info=info,
-            sample_ids=table.column("sample_id").to_numpy(),
-            labels=table.column("label").fill_null(-1).to_numpy().astype(np.int64),
-            codes=codes_of(table) if self._dataset.kind == "tokens" else None,
+            records=records,
             # Lists: one sample is looked up ten times faster than in an array.
             starts=starts.tolist(),
             ends=(starts + lengths).tolist(),

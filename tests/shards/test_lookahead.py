@@ -40,7 +40,7 @@ class FakeCache:
 
 
 def look(cache: FakeCache, order: Order, batch_size: int, **how: Any) -> Lookahead:
-    settings = {"max_bytes": 10_000, "following": iter(()), **how}
+    settings = {"num_shards": order.num_shards, "max_bytes": 10_000, "following": iter(()), **how}
     return Lookahead(batch_plans(order, 0, batch_size), cache, 3, **settings)  # type: ignore[arg-type]
 
 
@@ -49,6 +49,7 @@ def consumed(plans: Lookahead) -> list[PlannedBatch]:
     found: list[PlannedBatch] = []
     for planned in plans:
         found.append(planned)
+        assert set(planned.numbers.tolist()) <= set(planned.shards)
         if len(found) > 1:
             plans.done(found[-2])
     return found
@@ -72,7 +73,7 @@ def test_every_plan_comes_once_with_its_shards(
     assert [planned.plan.position for planned in found] == [plan.position for plan in expected]
     for planned, plan in zip(found, expected, strict=True):
         assert np.array_equal(planned.plan.rows, plan.rows)
-        assert sorted(planned.shards) == np.unique(plan.shards).tolist()
+        assert planned.numbers.tolist() == np.unique(plan.shards).tolist()
     used = {number for plan in expected for number in plan.shards.tolist()}
     assert {number for _, number in cache.asked} == used
 

@@ -22,7 +22,7 @@ from shards.decode import DecodeConfig, decode_image, decode_recipe
 from shards.manifest import Dataset, open_dataset
 from shards.node_cache import CacheConfig
 from shards.order import Order, view_of_epoch
-from shards.reader import SampleBatch, ShardReader
+from shards.reader import SampleBatch, ShardReader, _Buffers
 from shards.samples import RejectedSample, StoredSample
 from shards.tar import build_tar
 from shards.views import CropBox, ViewPolicy, center_view, decode_crop, encode_crop, render, view_at
@@ -527,6 +527,20 @@ def test_what_is_kept_of_a_batch_never_changes(
     for number, part in enumerate(kept):
         assert np.array_equal(np.asarray(part), expected[5 * number + 1 : 5 * number + 3])
     assert len(places) < 12
+
+
+def test_memory_is_taken_again_once_nothing_refers_to_it() -> None:
+    buffers = _Buffers(most=2)
+    first, second = buffers.take((2, 3)), buffers.take((4, 5))
+    places = [first.ctypes.data, second.ctypes.data]
+    part = memoryview(first)[1:]
+    del first
+    assert not np.shares_memory(buffers.take((2, 3)), np.asarray(part))  # of an array that is not kept
+    del part
+    again = buffers.take((1, 6))  # a smaller batch, or one of another shape
+    assert (again.ctypes.data, again.shape) == (places[0], (1, 6))
+    del second
+    assert buffers.take((3, 6)).ctypes.data == places[1]
 
 
 def test_images_may_stay_encoded(tokens: Dataset, reader_of: Callable[..., ShardReader]) -> None:
