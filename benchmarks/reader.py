@@ -1,6 +1,6 @@
 """Samples/s of the reader against decoding alone and against webdataset, on the same crops and codes.
 
-python -m benchmarks.reader [--images FOLDER] [--samples 4000] [--rounds 5] [--plot reader.png]
+python -m benchmarks.reader [--images FOLDER] [--samples 6000] [--rounds 5] [--plot reader.png]
 
 One line of JSON per case (store x workers), two for a consumer with a pace of its own, one for reading
 without decoding, one for the first batch after a resume, one for the order; the first describes the machine.
@@ -79,12 +79,12 @@ class BenchmarkConfig:
     """Folder of photographs that the crops are cut from; null makes noise over gradients."""
     image_size: int = 224
     """Side of the crops."""
-    samples: int = 4000
+    samples: int = 6000
     """Crops in the dataset; each loop reads all of them once."""
     samples_per_shard: int = 250
     """Crops per tar."""
-    batch_size: int = 64
-    """Crops per batch."""
+    batch_size: int = 128
+    """Crops per batch; 128 is what each GPU takes of the paper's 2,048."""
     workers: tuple[int, ...] = (0, 1, 2)
     """Threads of the reader, processes of webdataset's loaders."""
     stores: tuple[str, ...] = ("local", "s3")

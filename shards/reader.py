@@ -332,22 +332,20 @@ class ShardReader:
         )
         coming = iter(plans)
 
-        def begin_next(finished: PlannedBatch | None) -> _PendingBatch | None:
-            if finished is not None:
-                plans.done(finished)
+        def begin_next() -> _PendingBatch | None:
             planned = next(coming, None)
             return None if planned is None else self._begin(workers, planned, view, epoch)
 
-        ahead = deque(workers.planner.submit(begin_next, None) for _ in range(self.prefetch))
-        finished: PlannedBatch | None = None
+        ahead = deque(workers.planner.submit(begin_next) for _ in range(self.prefetch))
         try:
             while True:
                 asked = time.perf_counter()
-                ahead.append(workers.planner.submit(begin_next, finished))
+                ahead.append(workers.planner.submit(begin_next))
                 pending = ahead.popleft().result()
                 if pending is None:
                     return
-                batch, finished = pending.finished(), pending.planned
+                batch = pending.finished()
+                workers.planner.submit(plans.done, pending.planned)
                 self.telemetry.delivered(len(batch.sample_ids), time.perf_counter() - asked)
                 yield batch
         except CancelledError:
