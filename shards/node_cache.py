@@ -40,7 +40,8 @@ class CacheConfig:
     share it share what is in it."""
     bytes: int = 16 << 30
     """At most so many bytes in the folder. Too few for 64 shards and those fetched ahead give fewer lanes
-    and so a poorer shuffle; local datasets are read where they lie."""
+    and so a poorer shuffle; too few for twice as many and each epoch begins with a wait for its first shards.
+    Local datasets are read where they lie."""
 
     def __post_init__(self) -> None:
         if self.bytes < 1:
@@ -76,10 +77,14 @@ class MappedFile:
 
 
 def map_file(descriptor: int, path: str, *, was_here: bool) -> MappedFile:
-    """What an open file holds. The map keeps a duplicate of the descriptor, and with it any lock."""
+    """What an open file holds. The map keeps a duplicate of the descriptor, and with it any lock.
+
+    Its pages are there at once where the system can do that, so that no reader of it waits for the disk.
+    """
     found = os.fstat(descriptor)
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
     return MappedFile(
-        payload=mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ),
+        payload=mmap.mmap(descriptor, 0, flags, mmap.PROT_READ),
         identity=(path, found.st_size, found.st_mtime_ns, found.st_ino),
         was_here=was_here,
     )
