@@ -268,7 +268,8 @@ def _mapped(info: ShardInfo) -> MappedFile:
             found = os.fstat(file.fileno())
             if found.st_size != info.tar_bytes:
                 raise _damaged(info, f"{found.st_size} bytes")
-            return map_file(file.fileno(), info.tar, was_here=True)
+            # A tar indexed in place may be of any size, and a shard only a part of it.
+            return map_file(file.fileno(), info.tar, was_here=True, read_now=not info.is_foreign)
     except FileNotFoundError:
         raise _missing(info) from None
 

@@ -76,13 +76,14 @@ class MappedFile:
     """False where it had to be fetched for this."""
 
 
-def map_file(descriptor: int, path: str, *, was_here: bool) -> MappedFile:
+def map_file(descriptor: int, path: str, *, was_here: bool, read_now: bool = True) -> MappedFile:
     """What an open file holds. The map keeps a duplicate of the descriptor, and with it any lock.
 
-    Its pages are there at once where the system can do that, so that no reader of it waits for the disk.
+    With `read_now` all its pages are there at once where the system can do that: no reader of it waits for
+    the disk.
     """
     found = os.fstat(descriptor)
-    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+    flags = mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if read_now else 0)
     return MappedFile(
         payload=mmap.mmap(descriptor, 0, flags, mmap.PROT_READ),
         identity=(path, found.st_size, found.st_mtime_ns, found.st_ino),
