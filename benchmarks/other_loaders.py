@@ -74,7 +74,7 @@ class OtherLoadersConfig:
     """Crops in the dataset; each loop reads all of them once."""
     samples_per_shard: int = 250
     """Crops per tar, and about as many in the files of the others."""
-    batch_size: int = 64
+    batch_size: int = 128
     """Crops per batch."""
     workers: tuple[int, ...] = (0, 1, 2)
     """Threads of the reader, processes of the others."""

@@ -19,37 +19,42 @@ class NonFiniteLossError(Exception):
 
 
 class RunningMeans:
-    """Weighted means of scalars over micro-batches and ranks, kept on the device until they are asked for."""
+    """Weighted means of named scalars, kept on the device until they are asked for.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._sums: dict[str, Tensor] = {}
+    A rank adds what it sees, and `gather` makes that everybody's: the checkpoint of one rank has it all.
+    """
 
-    def add(self, weight: float | Tensor, **values: Tensor) -> None:
+    def __init__(self, device: torch.device, *names: str) -> None:
+        self._names = names
+        self._here = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
+        self._everywhere = torch.zeros_like(self._here)
+
+    def add(self, weight: float, **values: Tensor) -> None:
         """Count each value `weight` times (its number of samples, say). Does not wait for the device."""
-        for name, value in {
-            **{n: v.detach() for n, v in values.items()},
-            "": torch.ones((), device=self._device),
-        }.items():
-            term = value.double() * weight
-            self._sums[name] = self._sums[name] + term if name in self._sums else term
+        ones = self._here.new_ones(())
+        self._here += torch.stack([*(values[name].detach().double() for name in self._names), ones]) * weight
+
+    def gather(self, worker: Worker) -> None:
+        """Add up over the ranks what each has added; all must call. Does not wait for the device."""
+        self._everywhere += worker.sum(self._here)
+        self._here = torch.zeros_like(self._here)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What this rank has counted since the last `take`."""
-        return dict(self._sums)
+        """What was gathered since the last `take`: the weighted sum of each name, and the weights'."""
+        return dict(zip([*self._names, ""], self._everywhere, strict=True))
 
     def load_state_dict(self, sums: Mapping[str, Tensor]) -> None:
-        """Go on counting from there."""
-        self._sums = {name: value.to(self._device) for name, value in sums.items()}
+        """Go on counting from there, on every rank."""
+        self._everywhere += torch.stack([sums[name].to(self._here) for name in [*self._names, ""]])
 
-    def take(self, worker: Worker) -> dict[str, float]:
-        """Means since the last call, over all ranks, which must all call; empties itself."""
-        names = sorted(self._sums)
-        sums = worker.sum(torch.stack([self._sums[name] for name in names])).tolist()
-        self._sums = {}
-        means = dict(zip(names, sums, strict=True))
-        weight = means.pop("")
-        return {name: value / weight for name, value in means.items()}
+    def take(self) -> dict[str, float]:
+        """The means of what was gathered since the last call; NaN where that is nothing."""
+        *sums, weight = self._everywhere.tolist()
+        self._everywhere = torch.zeros_like(self._everywhere)
+        return {
+            name: value / weight if weight else math.nan
+            for name, value in zip(self._names, sums, strict=True)
+        }
 
 
 def require_finite(figures: Mapping[str, float], step: int, keys: Sequence[str]) -> None:

@@ -314,7 +314,7 @@ def _train(run: _Run, worker: Worker) -> None:
         model.load_state_dict(tensors["model"])
         optimizer.load_state_dict(tensors["optimizer"])
         scaler.load_state_dict(tensors["scaler"])
-        unlogged = [row.to(device) * float(worker.is_main) for row in tensors["unlogged"]]
+        unlogged = [row.to(device) for row in tensors["unlogged"]]
     replica: nn.Module = model
     if worker.world_size > 1:
         replica = DistributedDataParallel(model, broadcast_buffers=False)
@@ -379,13 +379,13 @@ def _train(run: _Run, worker: Worker) -> None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        unlogged.append(torch.cat([sums, grad_norm.detach().double().view(1)]))
+        # Over all ranks in every step, so that the main rank may save after any.
+        unlogged.append(torch.cat([worker.sum(sums), grad_norm.detach().double().view(1)]))
         step += 1
 
         evaluates = config.evaluate_every_steps is not None and step % config.evaluate_every_steps == 0
         if step % config.log_every_steps == 0 or step == config.steps or evaluates:
             recorded = torch.stack(unlogged)
-            recorded[:, :4] = worker.sum(recorded[:, :4].contiguous())
             unlogged.clear()
             _require_finite(recorded, step, reader, scaled=scaler.is_enabled())
             metrics = _figures(recorded.sum(dim=0).tolist(), len(recorded) * num_pixels, config)
@@ -396,7 +396,6 @@ def _train(run: _Run, worker: Worker) -> None:
                 if worker.is_main:
                     print(f"step {step:,}: mIoU {score.miou:.4f}", flush=True)
                 model.train()
-            # Here nothing is unlogged, so other ranks' sums need not be saved.
             due = time.monotonic() - saved > config.checkpoint_every_s and not checkpoints.is_writing
             if worker.is_main and due:
                 checkpoint()

@@ -253,8 +253,7 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
         optimizer.load_state_dict(tensors["optimizer"])
         scaler.load_state_dict(tensors["scaler"])
         metrics = tensors["metrics"]
-        if worker.is_main:
-            sums += tensors["sums"].to(device)
+        sums += tensors["sums"].to(device)
     replica: nn.Module = model
     if worker.world_size > 1:
         replica = DistributedDataParallel(model, broadcast_buffers=False)
@@ -304,6 +303,7 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
             torch.manual_seed(hash((config.seed, epoch, samples.position, worker.rank)))
             share = samples.pixels.shape[0]
             micro = config.micro_batch_size or share
+            here = torch.zeros_like(sums)
             for first in range(0, share, micro):
                 batch = _batch(config, source, samples, slice(first, first + micro), epoch, device)
                 with synchronized(replica, first + micro >= share), autocast(device, dtype):
@@ -311,17 +311,19 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
                     loss = mim_loss(out, batch.codes)
                     objective = loss.objective(samples.global_size * num_masked, worker.world_size)
                     scaler.scale(objective).backward()
-                sums += loss.sums()
+                here += loss.sums()
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad_norm or math.inf)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
+            # Over all ranks in every step, so that the main rank may save after any.
+            sums += worker.sum(here)
             step += 1
 
             last_of_epoch = samples.next_position + config.batch_size > reader.num_samples
             if step % config.log_every_steps == 0 or last_of_epoch:
-                figures = mim_figures(worker.sum(sums), aggregated=model.cls_pt_layers is not None)
+                figures = mim_figures(sums, aggregated=model.cls_pt_layers is not None)
                 sums = torch.zeros_like(sums)
                 metrics = {name: value for name, value in asdict(figures).items() if value is not None}
                 require_finite(metrics, step, samples.keys)
@@ -329,7 +331,6 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
                     log.log(step, {**metrics, "lr": lr(place), "grad_norm": float(grad_norm)})
                 if reports is not None:
                     reports.at(step)
-                # Here the sums are empty on every rank: a resumed run has the records of a straight one.
                 due = time.monotonic() - saved > config.checkpoint_every_s and not checkpoints.is_writing
                 if worker.is_main and due and not last_of_epoch:
                     checkpoint(epoch, samples.next_position)

@@ -270,12 +270,14 @@ class NormEMAQuantizer(nn.Module):
         return QuantizerOutput(quantized=quantized, codes=codes, loss=loss, statistics=statistics)
 
     @torch.no_grad()
-    def update_(self, statistics: CodeStatistics, worker: Worker) -> None:
+    def update_(self, statistics: CodeStatistics, worker: Worker) -> Tensor:
         """Move every code that was chosen towards its tokens: w <- norm(decay w + (1 - decay) norm(mean)).
 
         `statistics` is the sum over this rank's micro-batches since the last call; all ranks call together
-        and hold the same codebook afterwards. As in the reference this is an average of normalised batch
-        centroids at one rate, however many tokens chose the code, not VQ-VAE's average of sums and counts.
+        and hold the same codebook afterwards. Returns how many tokens of all ranks chose each code, int64
+        [K].
+        As in the reference this is an average of normalised batch centroids at one rate, however many tokens
+        chose the code, not VQ-VAE's average of sums and counts.
         DEVIATION: one process is enough; the reference trains under torch.distributed only.
         """
         packed = worker.sum(torch.cat([statistics.sums, statistics.counts[:, None]], dim=1))
@@ -284,6 +286,7 @@ class NormEMAQuantizer(nn.Module):
         towards = l2_normalize(_centroids(total))
         moved = l2_normalize(self.decay * self.codebook + (1.0 - self.decay) * towards)
         self.codebook.copy_(_updated(self.codebook, moved, total.counts))
+        return total.counts.long()
 
     @torch.no_grad()
     def kmeans_init_(

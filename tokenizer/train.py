@@ -47,6 +47,9 @@ from tokenizer.quantizer import CodeStatistics, CodeUsage
 from tokenizer.teacher import Teacher, TeacherConfig, build_teacher, with_absolute_weights
 from tokenizer.vqkd import VQKD, VQKDConfig, VQKDOutput, normalize_pixels
 
+FIGURES = ("loss", "rec_loss", "emb_loss")
+"""Means over images, of `VQKDOutput`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerTrainConfig:
@@ -184,16 +187,15 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
     # Resume, or start the codebook from the first batches.
     checkpoints = CheckpointStore(output, keep=config.checkpoint_keep)
     state, figures, metrics = TrainState(), dict[str, float](), dict[str, float]()
-    means, usage = RunningMeans(device), CodeUsage(config.model.codebook_size, device)
+    means, usage = RunningMeans(device, *FIGURES), CodeUsage(config.model.codebook_size, device)
     if (found := checkpoints.latest(worker)) is not None:
         state, tensors = found
         model.load_state_dict(tensors["model"])
         optimizer.load_state_dict(tensors["optimizer"])
         scaler.load_state_dict(tensors["scaler"])
         figures, metrics = tensors["figures"], tensors["metrics"]
-        if worker.is_main:
-            means.load_state_dict(tensors["means"])
-            usage.counts += tensors["usage"].to(device)
+        means.load_state_dict(tensors["means"])
+        usage.counts += tensors["usage"].to(device)
     elif model.quantize.needs_kmeans:
         model.eval()
         with autocast(device, dtype):
@@ -265,7 +267,6 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
                     # Averaged over ranks by DDP, this is the mean over the global batch, however it is cut.
                     weight = pixels.shape[0] * worker.world_size / batch.global_size
                     scaler.scale(out.loss * weight).backward()
-                usage.add(out.codes)
                 means.add(pixels.shape[0], loss=out.loss, rec_loss=out.rec_loss, emb_loss=out.emb_loss)
                 assert out.statistics is not None
                 statistics.append(out.statistics)
@@ -276,34 +277,33 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             # The codes follow the tokens of the whole step, gathered over micro-batches and ranks.
-            model.quantize.update_(functools.reduce(operator.add, statistics), worker)
+            usage.counts += model.quantize.update_(functools.reduce(operator.add, statistics), worker)
             if config.model.restart_dead_codes and (step + 1) % config.model.restart_every == 0:
                 model.quantize.restart_dead_(
                     torch.cat(tokens), worker, steps=config.model.restart_every, seed=config.seed + step
                 )
+            # Gathered in every step, as the counts of codes are, so that the main rank may save after any.
+            means.gather(worker)
             step, position = step + 1, batch.next_position
 
             last_of_epoch = position + config.batch_size > reader.num_samples
             if step % config.log_every_steps == 0 or last_of_epoch:
-                figures = means.take(worker)
+                figures = means.take()
                 require_finite(figures, step, batch.keys)
                 model.quantize.check_equal_on_all_ranks(worker)
                 if log is not None:
                     log.log(step, {**figures, "lr": lr(place), "grad_norm": float(grad_norm)})
                 if reports is not None:
                     reports.at(step)
-                # Here the means are empty on every rank: a resumed run has the records of a straight one.
                 due = time.monotonic() - saved > config.checkpoint_every_s and not checkpoints.is_writing
-                if worker.agree(due) and not last_of_epoch:
-                    chosen = usage.gather(worker)
-                    if worker.is_main:
-                        checkpoint(epoch, position, chosen)
+                if worker.is_main and due and not last_of_epoch:
+                    checkpoint(epoch, position, usage)
                     saved = time.monotonic()
             if progress is not None:
                 progress.update(batch.global_size, epoch=epoch + 1, **figures)
             save_if_asked(epoch, position, usage)
 
-        chosen, usage = usage.gather(worker), CodeUsage(config.model.codebook_size, device)
+        chosen, usage = usage, CodeUsage(config.model.codebook_size, device)
         metrics = {
             "train_rec_loss": figures.get("rec_loss", math.nan),
             "train_codebook_usage": chosen.used_fraction,
@@ -363,12 +363,12 @@ def validate(
     batch_size = min(config.batch_size, images.num_samples(0))
     reader = _reader(config, images, worker, batch_size=max(batch_size, worker.world_size), validation=True)
     usage = CodeUsage(config.model.codebook_size, device)
-    figures = RunningMeans(device)
+    figures = RunningMeans(device, *FIGURES)
     model.eval()
     for batch in reader.batches(0):
-        for pixels in to_device(batch.pixels, device).split(
-            config.micro_batch_size or max(1, len(batch.pixels))
-        ):
+        share = len(batch.pixels)  # none of a last batch that is smaller than the number of ranks
+        parts = to_device(batch.pixels, device).split(config.micro_batch_size or share) if share else ()
+        for pixels in parts:
             with autocast(device, dtype):
                 out = model(normalize_pixels(pixels), teacher(pixels))
             usage.add(out.codes)
@@ -376,8 +376,9 @@ def validate(
         after_batch()
     reader.close()
     gathered = usage.gather(worker)
+    figures.gather(worker)
     return {
-        **figures.take(worker),
+        **figures.take(),
         "codebook_usage": gathered.used_fraction,
         "perplexity": gathered.perplexity,
     }

@@ -39,12 +39,14 @@ class Taken:
 class GlooGroups:
     """`run` stands in for `run_training`; `kill_at_step` ends all ranks, by SIGKILL, as they begin that step.
 
+    With `ask_every_step` the main rank is asked to save in each, as on a node that is only threatened.
     Checkpoints are waited for, so that the one of the step before is there. Rank 0 saves the result only
     when all others have returned: none of them may wait for it in a collective.
     """
 
     def __init__(self, folder: Path) -> None:
         self.kill_at_step: int | None = None
+        self.ask_every_step = False
         self._folder = folder
         self._num_runs = 0
 
@@ -56,7 +58,16 @@ class GlooGroups:
         context.set_forkserver_preload(PRELOADED)
         processes = [
             context.Process(
-                target=_be_rank, args=(train, config, rank, cluster.num_workers, folder, self.kill_at_step)
+                target=_be_rank,
+                args=(
+                    train,
+                    config,
+                    rank,
+                    cluster.num_workers,
+                    folder,
+                    self.kill_at_step,
+                    self.ask_every_step,
+                ),
             )
             for rank in range(cluster.num_workers)
         ]
@@ -84,11 +95,13 @@ def _be_rank(
     world_size: int,
     folder: Path,
     kill_at_step: int | None,
+    ask_every_step: bool,
 ) -> None:
     import torch
     import torch.distributed as dist
 
     from pipeline.checkpoints import CheckpointStore
+    from pipeline.interruption import Interruption
     from pipeline.worker import Worker
     from shards.reader import ShardReader
 
@@ -97,6 +110,7 @@ def _be_rank(
     read, save, set_lr = ShardReader.batches, CheckpointStore.save, loop.set_lr
     handed_out: list[tuple[int, SampleBatch]] = []
     num_steps = 0
+    interruption = Interruption(on_saved=lambda: None)
 
     def batches(self: ShardReader, epoch: int, position: int = 0) -> Iterator[SampleBatch]:
         for batch in read(self, epoch, position):
@@ -109,6 +123,8 @@ def _be_rank(
         num_steps += 1
         if num_steps == kill_at_step:
             os.kill(os.getpid(), signal.SIGKILL)
+        if ask_every_step:
+            interruption.ask()
         epoch, batch = handed_out[-1]
         taken = {"world_size": world_size, "rank": rank, "epoch": epoch, "position": batch.position}
         with Path(folder, f"rank-{rank}.jsonl").open("a") as file:
@@ -132,7 +148,7 @@ def _be_rank(
     setattr(loop, save_name, save_last)
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    train(config, Worker(rank=rank, world_size=world_size))
+    train(config, Worker(rank=rank, world_size=world_size, interruption=interruption))
     Path(folder, f"done-{rank}").touch()
     if world_size > 1:
         dist.destroy_process_group()

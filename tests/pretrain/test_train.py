@@ -266,12 +266,18 @@ def test_another_number_of_workers_goes_on_at_the_next_unseen_sample(
 def test_two_workers_killed_end_with_the_bits_of_a_straight_run(
     make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Saved in every step, of which not all are logged: sums over all ranks travel along."""
     groups = GlooGroups(tmp_path / "groups")
     monkeypatch.setattr("pretrain.train.run_training", groups.run)
-    two = {"cluster": ClusterConfig(num_workers=2), "epochs": 2, "checkpoint_every_s": 0.0}
+    two = {
+        "cluster": ClusterConfig(num_workers=2),
+        "epochs": 2,
+        "log_every_steps": 3,
+        "checkpoint_every_s": 1e9,
+    }
     pretrain_mim(make_config(tmp_path / "straight", **two))
-    for step in (3, 4):
-        groups.kill_at_step = step
+    groups.ask_every_step, groups.kill_at_step = True, 3
+    for _ in range(2):
         with pytest.raises(GroupKilledError):
             pretrain_mim(make_config(tmp_path / "killed", **two))
     groups.kill_at_step = None
