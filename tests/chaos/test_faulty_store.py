@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import io
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -143,27 +142,29 @@ def test_many_threads_and_many_seeds(
         assert tree(root) == tree(local)
 
 
-@pytest.fixture
-def no_patience(fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """The store is given a quarter of a second."""
-    patience = storage.Patience(
-        connect_s=0.2, answer_s=0.2, request_s=1, retry_s=0.25, first_wait_s=0.02, longest_wait_s=0.1
-    )
-    monkeypatch.setattr(storage, "PATIENCE", patience)
-    yield fault_proxy
+IMPATIENT = storage.Patience(
+    connect_s=0.2, answer_s=0.2, request_s=1, retry_s=0.25, first_wait_s=0.02, longest_wait_s=0.1
+)
+"""The store is given a quarter of a second."""
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("faults", [Faults(slow_down=1.0), Faults(drop_before=1.0), Faults(silent=True)])
 def test_a_pass_on_a_store_that_never_recovers_ends_with_its_name_and_goes_on_later(
-    no_patience: FaultProxy, s3_url: str, tmp_path_factory: pytest.TempPathFactory, faults: Faults
+    fault_proxy: FaultProxy,
+    s3_url: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    faults: Faults,
 ) -> None:
     root, tiny = f"{s3_url}/tokens", TinyPass()
     commit.start(root, tiny.plan)
-    no_patience.faults = faults
-    with pytest.raises(StoreError, match=rf"{root}/\S+: the store did not recover in .* attempts"):
-        write_in_process(root, tiny)
-    no_patience.faults = Faults()
+    fault_proxy.faults = faults
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "PATIENCE", IMPATIENT)
+        with pytest.raises(StoreError, match=rf"{root}/\S+: the store did not recover in .* attempts"):
+            write_in_process(root, tiny)
+    fault_proxy.faults = Faults()
     write_in_process(root, tiny)
     local = str(tmp_path_factory.mktemp("local"))
     tiny.write(local)
