@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -17,11 +18,13 @@ from pipeline.cluster import ClusterConfig
 from pipeline.errors import InputError
 from pipeline.interruption import InterruptedRunError
 from pipeline.metrics import read_metrics
+from pipeline.worker import Worker
 from shards.manifest import open_dataset
 from shards.reader import ShardReader
 from tests.pipeline.gloo_group import GlooGroups, GroupKilledError, check_nothing_lost_nothing_twice
-from tokenizer.teacher import TeacherConfig
-from tokenizer.train import TokenizerTrainConfig, train_tokenizer
+from tokenizer.teacher import TeacherConfig, build_teacher
+from tokenizer.train import TokenizerTrainConfig, train_tokenizer, validate
+from tokenizer.vqkd import VQKD
 
 if TYPE_CHECKING:
     from tests.conftest import RayHead
@@ -172,6 +175,24 @@ def test_two_workers_killed_end_with_the_bits_of_a_straight_run(
     straight, killed = _weights(tmp_path / "straight"), _weights(tmp_path / "killed")
     assert all(torch.equal(straight[name], killed[name]) for name in straight)
     assert read_metrics(str(tmp_path / "straight")) == read_metrics(str(tmp_path / "killed"))
+
+
+class _FirstOfTwo(Worker):
+    """A rank whose sums are its own."""
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+def test_a_rank_without_images_of_the_last_batch_validates_nevertheless(
+    tokenizer_config: Make, image_shards: str, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tokenizer_config(tmp_path / "out"), batch_size=19)  # 39: one is left
+    teacher = build_teacher(config.teacher, config.model.image_size, config.model.patch_size)
+    model = VQKD(dataclasses.replace(config.model, kmeans_init=False), teacher.dim)
+    worker, images = _FirstOfTwo(world_size=2), open_dataset(image_shards)
+    found = validate(model, teacher, config, images, worker, lambda: None)
+    assert all(math.isfinite(value) for value in found.values()) and found["perplexity"] >= 1
 
 
 @pytest.mark.ray
