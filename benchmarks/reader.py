@@ -15,7 +15,8 @@ Within a case the loops take turns, `rounds` times, and medians count:
 there with an empty cache, and its time counts from the fifth batch on; `first_batch_s` is what came first.
 Locally the rounds are epochs of one reader, as in training, after one that hashes: `first_epoch_per_s`.
 With 0 workers the calling thread decodes. The paced cases read two epochs from `s3`, with a cache for all
-shards and with one for half of them, and sleep between batches as if a training step took that long:
+shards and with one for half of them (which has room for twice 16 lanes, so that the next epoch's shards come
+before it begins), and sleep between batches as if a training step took that long:
 `first_batch_s` is what the first batch of each epoch took, `wait_share` the part of the time after it in
 which such a step would wait for data. Leave the machine idle meanwhile.
 """
@@ -70,6 +71,8 @@ WARM_BATCHES = 4
 GRID = (14, 14)
 CODEBOOK_SIZE = 8192
 TOKENS, MANY_SHARDS = "tokens", "many_shards"
+PACED = ((1.0, None), (0.5, None), (0.5, 16))
+"""Part of all shards that the cache has room for, and lanes; None are as many as fit."""
 LOOPS = ("decode_only", "reader", "web_loader", "lean_webdataset")
 
 
@@ -119,8 +122,8 @@ def main(config: BenchmarkConfig) -> None:
                 for workers in config.workers:
                     results.append(_case(config, store, storage.join(root, TOKENS), workers, folder))
                     print(json.dumps(results[-1]), flush=True)
-                for part in (1.0, 0.5) if store == "s3" else ():
-                    case = _paced(config, storage.join(root, MANY_SHARDS), folder, part)
+                for part, lanes in PACED if store == "s3" else ():
+                    case = _paced(config, storage.join(root, MANY_SHARDS), folder, part, lanes)
                     print(json.dumps(case), flush=True)
         print(json.dumps(_without_decode(config, os.path.join(local, TOKENS))), flush=True)
         print(json.dumps(_resume(config, os.path.join(local, TOKENS))), flush=True)
@@ -178,7 +181,7 @@ def _case(config: BenchmarkConfig, store: str, root: str, workers: int, folder: 
     }
 
 
-def _paced(config: BenchmarkConfig, root: str, folder: str, part: float) -> dict[str, Any]:
+def _paced(config: BenchmarkConfig, root: str, folder: str, part: float, lanes: int | None) -> dict[str, Any]:
     """What a loop whose steps take a fixed time waits for, with a cache for a part of all shards."""
     dataset, workers, cache = open_dataset(root), max(config.workers), os.path.join(folder, "paced")
     step_s = config.batch_size / (config.pace * _decode_only(config, _crops(dataset), workers))
@@ -189,6 +192,8 @@ def _paced(config: BenchmarkConfig, root: str, folder: str, part: float) -> dict
         dataset,
         batch_size=config.batch_size,
         num_threads=workers,
+        lanes=lanes,
+        window=None if lanes is None else 1,
         epochs=2,
         cache=CacheConfig(folder=cache, bytes=bound),
     )

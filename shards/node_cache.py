@@ -40,8 +40,8 @@ class CacheConfig:
     share it share what is in it."""
     bytes: int = 16 << 30
     """At most so many bytes in the folder. Too few for 64 shards and those fetched ahead give fewer lanes
-    and so a poorer shuffle; too few for twice as many and each epoch begins with a wait for its first shards.
-    Local datasets are read where they lie."""
+    and so a poorer shuffle; too few for twice as many and each epoch begins with a wait for its first shards,
+    unless lanes are fewer still. Local datasets are read where they lie."""
 
     def __post_init__(self) -> None:
         if self.bytes < 1:

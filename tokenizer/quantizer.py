@@ -274,8 +274,7 @@ class NormEMAQuantizer(nn.Module):
         """Move every code that was chosen towards its tokens: w <- norm(decay w + (1 - decay) norm(mean)).
 
         `statistics` is the sum over this rank's micro-batches since the last call; all ranks call together
-        and hold the same codebook afterwards. Returns how many tokens of all ranks chose each code, int64
-        [K].
+        and hold the same codebook afterwards. Returns how many tokens of all ranks chose a code, int64 [K].
         As in the reference this is an average of normalised batch centroids at one rate, however many tokens
         chose the code, not VQ-VAE's average of sums and counts.
         DEVIATION: one process is enough; the reference trains under torch.distributed only.
