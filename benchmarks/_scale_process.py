@@ -9,10 +9,10 @@ import time
 from dataclasses import dataclass
 
 from pipeline import storage
-from shards.commit import PLAN, finish, start, unfinished
-from shards.manifest import open_dataset
-from shards.plan import Plan
-from shards.views import decode_crop
+from shards.format.manifest import open_dataset
+from shards.format.plan import Plan
+from shards.pixels.views import decode_crop
+from shards.writer.commit import PLAN, finish, start, unfinished
 
 GRID = (14, 14)
 CODEBOOK_SIZE = 8192

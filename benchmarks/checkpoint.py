@@ -19,12 +19,12 @@ from typing import Literal
 
 import torch
 
-from pipeline.checkpoints import CheckpointStore, TrainState
 from pipeline.config import run_job
-from pipeline.optim import OptimConfig, autocast, build_optimizer, resolve_precision
-from pretrain.backbone import BackboneSize
+from pipeline.training.checkpoints import CheckpointStore, TrainState
+from pipeline.training.optim import OptimConfig, autocast, build_optimizer, resolve_precision
 from pretrain.masking import MaskConfig, block_masks
-from pretrain.mim import MIM, MIMConfig, masked_patches, mim_loss
+from pretrain.model.backbone import BackboneSize
+from pretrain.model.mim import MIM, MIMConfig, masked_patches, mim_loss
 
 CODEBOOK_SIZE = 8192
 

@@ -54,9 +54,9 @@ from torch.utils.data import get_worker_info
 from benchmarks import reader as ours
 from pipeline.config import run_job
 from pipeline.errors import InputError
-from shards.manifest import Dataset, open_dataset
-from shards.reader import ShardReader
-from shards.views import decode_crop
+from shards.format.manifest import Dataset, open_dataset
+from shards.pixels.views import decode_crop
+from shards.reader.reader import ShardReader
 
 PACKAGES = {"litdata": ("litdata", "litdata"), "mosaic": ("streaming", "mosaicml-streaming")}
 """Module and distribution of each of the others."""

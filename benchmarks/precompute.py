@@ -25,17 +25,17 @@ import numpy as np
 import torch
 
 from pipeline import storage
-from pipeline.cluster import ClusterConfig
+from pipeline.cluster.training import ClusterConfig
 from pipeline.config import run_job
-from shards.commit import finish, pending, receipt, start
-from shards.images import read_crops
-from shards.plan import Item, Plan
-from shards.prepare import PrepareConfig, prepare_images
-from shards.views import decode_crop
-from tokenizer.artifact import VisualTokenizer, save_tokenizer
-from tokenizer.precompute import PrecomputeConfig, ShardWriter, planned_passes
-from tokenizer.teacher import TeacherConfig, build_teacher
-from tokenizer.vqkd import VQKD, VQKDConfig
+from shards.dataset.images import read_crops
+from shards.format.plan import Item, Plan
+from shards.pixels.views import decode_crop
+from shards.writer.commit import finish, pending, receipt, start
+from shards.writer.prepare import PrepareConfig, prepare_images
+from tokenizer.model.artifact import VisualTokenizer, save_tokenizer
+from tokenizer.model.teacher import TeacherConfig, build_teacher
+from tokenizer.model.vqkd import VQKD, VQKDConfig
+from tokenizer.precompute.run import PrecomputeConfig, ShardWriter, planned_passes
 
 
 @dataclass(frozen=True, kw_only=True)

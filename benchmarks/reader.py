@@ -54,16 +54,16 @@ from webdataset.compat import WebDataset, WebLoader
 from pipeline import storage
 from pipeline.config import run_job
 from pipeline.errors import InputError
-from shards.build import build_shard
-from shards.commit import commit, finish, pending, start
-from shards.manifest import Dataset, open_dataset
-from shards.node_cache import CacheConfig
-from shards.order import Order
-from shards.plan import Plan
-from shards.reader import ShardReader
-from shards.samples import StoredSample
-from shards.telemetry import ReaderFigures
-from shards.views import CropBox, decode_crop, encode_crop
+from shards.format.build import build_shard
+from shards.format.manifest import Dataset, open_dataset
+from shards.format.plan import Plan
+from shards.format.records import StoredSample
+from shards.pixels.views import CropBox, decode_crop, encode_crop
+from shards.reader.disk_cache import CacheConfig
+from shards.reader.figures import ReaderFigures
+from shards.reader.order import Order
+from shards.reader.reader import ShardReader
+from shards.writer.commit import commit, finish, pending, start
 
 DELAY_S = 0.03
 WARM_BATCHES = 4

@@ -26,14 +26,14 @@ import numpy as np
 from benchmarks._scale_process import Measured, scale_plan
 from pipeline import storage
 from pipeline.artifacts import sha256_hex
-from pipeline.cluster import ClusterConfig, map_items
+from pipeline.cluster.training import ClusterConfig, map_items
 from pipeline.config import run_job
-from shards.build import build_shard
-from shards.commit import commit, start, unfinished
-from shards.manifest import MANIFEST, Manifest, ShardInfo, TableName, TableWriter, shard_name
-from shards.plan import Item, Plan
-from shards.samples import StoredSample
-from shards.views import CropBox, encode_crop
+from shards.format.build import build_shard
+from shards.format.manifest import MANIFEST, Manifest, ShardInfo, TableName, TableWriter, shard_name
+from shards.format.plan import Item, Plan
+from shards.format.records import StoredSample
+from shards.pixels.views import CropBox, encode_crop
+from shards.writer.commit import commit, start, unfinished
 
 SAMPLES_PER_SHARD = 4000  # of the generated manifest
 

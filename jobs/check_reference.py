@@ -11,10 +11,10 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.reference_fixtures import Check, Checks, FixtureError, find_fixtures, read_arrays
-from jobs.reference_tables import POSITIONS_FILE, SCHEDULES_FILE, check_position_tables, check_schedules
-from jobs.reference_vit import check_finetune, check_mim
-from jobs.reference_vqkd import check_vqkd
+from jobs.reference.fixtures import Check, Checks, FixtureError, find_fixtures, read_arrays
+from jobs.reference.tables import POSITIONS_FILE, SCHEDULES_FILE, check_position_tables, check_schedules
+from jobs.reference.vit import check_finetune, check_mim
+from jobs.reference.vqkd import check_vqkd
 from pipeline import storage
 from pipeline.config import run_job
 from pipeline.errors import InputError

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from jobs import drawing
-from pipeline import artifacts, config, metrics, storage
+from jobs.report import drawing
+from pipeline import artifacts, config, storage
 from pipeline.errors import InputError
+from pipeline.training import metrics
 
 HEADER_NAME = "drawing"
 WRITERS = 8

@@ -19,9 +19,9 @@ from torch import Tensor
 from pipeline import artifacts, storage
 from pipeline.config import run_job
 from pipeline.errors import InputError
-from pretrain.backbone import BackboneConfig, backbone_config, read_backbone_header, read_weights
-from pretrain.classifier_artifact import classifier_config, read_classifier_header, read_classifier_weights
-from pretrain.export import (
+from pretrain.model.artifacts import classifier_config, read_classifier_header, read_classifier_weights
+from pretrain.model.backbone import BackboneConfig, backbone_config, read_backbone_header, read_weights
+from pretrain.model.export import (
     CardFacts,
     model_card,
     to_timm,
@@ -29,9 +29,9 @@ from pretrain.export import (
     vision_model_of_backbone,
     vision_model_of_classifier,
 )
-from pretrain.official import at_image_size, official_finetuning, official_pretraining
-from tokenizer.artifact import load_vqkd, read_tokenizer
-from tokenizer.official import official_vqkd
+from pretrain.model.official import at_image_size, official_finetuning, official_pretraining
+from tokenizer.model.artifact import load_vqkd, read_tokenizer
+from tokenizer.model.official import official_vqkd
 
 KINDS = ("backbone", "classifier", "tokenizer")
 

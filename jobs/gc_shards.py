@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.config import run_job
 from pipeline.errors import InputError
-from shards.gc import Garbage, delete, find_garbage
+from shards.upkeep.gc import Garbage, delete, find_garbage
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 

@@ -15,14 +15,14 @@ from pipeline import artifacts, storage
 from pipeline.config import identity, run_job
 from pipeline.errors import InputError
 from pipeline.tensorfile import TensorFile, read_tensors
-from pretrain.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, save_backbone
-from pretrain.classifier import Classifier
-from pretrain.classifier_artifact import save_classifier
-from pretrain.mim import MIM, mim_header
-from pretrain.official import backbone_from_official, classifier_from_official, kind_of
-from tokenizer.artifact import METRICS, save_tokenizer
-from tokenizer.official import DROPPED, HEAD_DIM, is_tokenizer, published_teacher, vqkd_from_official
-from tokenizer.vqkd import VQKD
+from pretrain.model.artifacts import save_classifier
+from pretrain.model.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, save_backbone
+from pretrain.model.classifier import Classifier
+from pretrain.model.mim import MIM, mim_header
+from pretrain.model.official import backbone_from_official, classifier_from_official, kind_of
+from tokenizer.model.artifact import METRICS, save_tokenizer
+from tokenizer.model.official import DROPPED, HEAD_DIM, is_tokenizer, published_teacher, vqkd_from_official
+from tokenizer.model.vqkd import VQKD
 
 
 @dataclass(frozen=True, kw_only=True)

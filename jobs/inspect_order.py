@@ -16,12 +16,12 @@ import numpy as np
 
 from pipeline.config import run_job
 from pipeline.errors import InputError
-from shards.corpus import SubsetConfig, namespaced_key, open_corpus
-from shards.manifest import Dataset
-from shards.node_cache import CacheConfig
-from shards.order import ORDER_VERSION, Order, batch_plans, view_of_epoch
-from shards.reader import order_shape
-from shards.shuffle import shuffle_quality
+from shards.dataset.corpus import SubsetConfig, namespaced_key, open_corpus
+from shards.format.manifest import Dataset
+from shards.reader.disk_cache import CacheConfig
+from shards.reader.order import ORDER_VERSION, Order, batch_plans, view_of_epoch
+from shards.reader.reader import order_shape
+from shards.reader.shuffle import shuffle_quality
 
 
 @dataclass(frozen=True, kw_only=True)

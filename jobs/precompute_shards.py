@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 
 from pipeline.config import run_job
-from shards.parts import views_in_words
-from tokenizer.dry_run import as_text, dry_run
-from tokenizer.precompute import PrecomputeConfig, precompute_shards
+from shards.dataset.parts import views_in_words
+from tokenizer.precompute.estimate import as_text, dry_run
+from tokenizer.precompute.run import PrecomputeConfig, precompute_shards
 
 
 def main(config: PrecomputeConfig) -> None:

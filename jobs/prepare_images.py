@@ -6,7 +6,7 @@ python -m jobs.prepare_images --source photos --output runs/images --val_fractio
 from __future__ import annotations
 
 from pipeline.config import run_job
-from shards.prepare import PrepareConfig, prepare_images
+from shards.writer.prepare import PrepareConfig, prepare_images
 
 if __name__ == "__main__":
     run_job(prepare_images, PrepareConfig)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jobs.preview_page import MAX_VIEWS, contact_sheet, html_page
+from jobs.report.preview_page import MAX_VIEWS, contact_sheet, html_page
 from pipeline import storage
 from pipeline.config import run_job
 from pipeline.errors import InputError
-from shards.manifest import open_dataset
-from shards.preview import preview
+from shards.dataset.preview import preview
+from shards.format.manifest import open_dataset
 
 
 @dataclass(frozen=True, kw_only=True)

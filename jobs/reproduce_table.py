@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobs.paper_tables import CONTROLS, TABLES, Row
 from jobs.run_pipeline import (
     ClusterOverride,
     RunStage,
@@ -25,18 +24,8 @@ from jobs.run_pipeline import (
     log_url,
     stage_runner,
 )
-from jobs.table_graph import (
-    BENCHMARKS,
-    HEADERS,
-    LeftOut,
-    Node,
-    Planner,
-    Scale,
-    Sources,
-    in_order,
-    why_foreign,
-)
-from jobs.table_results import (
+from jobs.stages.paper_tables import CONTROLS, TABLES, Row
+from jobs.stages.results import (
     MAX_SEEDS,
     Cell,
     Line,
@@ -47,9 +36,21 @@ from jobs.table_results import (
     to_json,
     written_into,
 )
-from pipeline import artifacts, metrics, storage
+from jobs.stages.tables import (
+    BENCHMARKS,
+    HEADERS,
+    LeftOut,
+    Node,
+    Planner,
+    Scale,
+    Sources,
+    in_order,
+    why_foreign,
+)
+from pipeline import artifacts, storage
 from pipeline.config import parse, run_job
 from pipeline.errors import InputError
+from pipeline.training import metrics
 
 SCALES = "jobs/configs/reproduce"
 

@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline import artifacts, metrics, storage
+from pipeline import artifacts, storage
 from pipeline.config import run_job
 from pipeline.errors import InputError
+from pipeline.training import metrics
 
 RECORD_FILE = "pipeline.json"
 RECORD_FORMAT = 1
@@ -562,7 +563,7 @@ def stage_runner(
         yield run_here
         return
     # Imported here: it brings Ray, which a run on this machine does not need in this process.
-    from jobs.submission import JobServer
+    from jobs.stages.submission import JobServer
 
     for what, url in places.items():
         if storage.is_local(url):

@@ -22,15 +22,15 @@ import numpy as np
 from pipeline import storage
 from pipeline.config import run_job
 from pipeline.errors import InputError
-from shards.commit import RUN_CONFIG
-from shards.manifest import Dataset, open_dataset
-from shards.rebuild import Encoder
-from shards.recover import OpenedPart
-from shards.repair import Repair, repair_dataset
-from shards.verify import Verification, verify_dataset
+from shards.format.manifest import Dataset, open_dataset
+from shards.upkeep.rebuild import Encoder
+from shards.upkeep.recover import OpenedPart
+from shards.upkeep.repair import Repair, repair_dataset
+from shards.upkeep.verify import Verification, verify_dataset
+from shards.writer.commit import RUN_CONFIG
 
 if TYPE_CHECKING:
-    from tokenizer.retokenize import Retokenized
+    from tokenizer.precompute.pairing import Retokenized
 
 RETOKENIZE = 0.001
 
@@ -109,7 +109,7 @@ def verify(config: VerifyConfig) -> Report:
     repairs: list[Repair] = []
     codes_of: list[OpenedPart] = []
     if config.tokenizer is not None and found.parts:
-        from tokenizer.retokenize import parts_of_tokenizer
+        from tokenizer.precompute.pairing import parts_of_tokenizer
 
         codes_of = parts_of_tokenizer(found.parts, config.tokenizer)
     if config.repair and any(problem.damaged for problem in found.problems):
@@ -136,7 +136,7 @@ def _retokenize(config: VerifyConfig, found: Verification) -> Retokenized | None
     share = RETOKENIZE if config.retokenize is None else config.retokenize
     if config.tokenizer is None or share == 0 or not found.parts:
         return None
-    from tokenizer.retokenize import parts_of_tokenizer, retokenize
+    from tokenizer.precompute.pairing import parts_of_tokenizer, retokenize
 
     bad = {(problem.part, problem.view, problem.number) for problem in found.problems}
     return retokenize(
@@ -155,7 +155,7 @@ def _encoder(config: VerifyConfig, parts: list[OpenedPart]) -> Encoder | None:
         return None
     import torch
 
-    from tokenizer.retokenize import load_as_written
+    from tokenizer.precompute.pairing import load_as_written
 
     tokenizer = load_as_written(parts[0].manifest, config.tokenizer, _device(config))
 

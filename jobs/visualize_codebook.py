@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from jobs.codebook_page import codebook_page, codes_figure, places_figure, usage_figure
+from jobs.report.codebook import codebook_page, codes_figure, places_figure, usage_figure
 from pipeline import storage
 from pipeline.artifacts import claim, publish, read_header
 from pipeline.config import identity, run_job
 from pipeline.errors import InputError
 from pretrain.evals.codebook import CodebookFindings, examine_codebook, sampled_likeness
-from shards.crop_sample import draw_sample
-from shards.manifest import Dataset, open_dataset
-from tokenizer.artifact import load_vqkd, read_tokenizer
+from shards.dataset.crop_sample import draw_sample
+from shards.format.manifest import Dataset, open_dataset
+from tokenizer.model.artifact import load_vqkd, read_tokenizer
 
 ARTIFACT = "codebook"
 PLACES = ("dataset", "tokenizer", "codes", "output")

@@ -16,29 +16,23 @@ import numpy as np
 import torch
 from PIL import Image
 
-from jobs import report_page
-from jobs.codebook_page import usage_body
-from jobs.report_findings import (
-    Findings,
-    ReportConfig,
-    comparison_words,
-    find,
-    storage_bytes,
-    summary_rows,
-)
-from jobs.report_page import Interval, Section, Series
-from jobs.sheets import RED, framed
-from pipeline import metrics, storage
+from jobs.report import page as report_page
+from jobs.report.codebook import usage_body
+from jobs.report.findings import Findings, ReportConfig, comparison_words, find, storage_bytes, summary_rows
+from jobs.report.page import Interval, Section, Series
+from jobs.report.sheets import RED, framed
+from pipeline import storage
 from pipeline.config import run_job
 from pipeline.errors import InputError
+from pipeline.training import metrics
 from pretrain.evals import report as pictures
 from pretrain.evals.codebook import MIN_PATCHES
-from pretrain.mim import load_mim
-from shards.manifest import Dataset
-from shards.reader import ShardReader
-from shards.summary import code_statistics, count_codes
-from shards.views import ViewPolicy
-from tokenizer.artifact import VisualTokenizer, load_vqkd, read_tokenizer
+from pretrain.model.mim import load_mim
+from shards.dataset.summary import code_statistics, count_codes
+from shards.format.manifest import Dataset
+from shards.pixels.views import ViewPolicy
+from shards.reader.reader import ShardReader
+from tokenizer.model.artifact import VisualTokenizer, load_vqkd, read_tokenizer
 
 RIGHT, WRONG = (31, 157, 85), (211, 63, 63)
 """Tints of hidden patches whose code was guessed, and of those whose code was not."""

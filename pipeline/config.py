@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import jsonargparse
 
 from pipeline.errors import InputError
-from pipeline.interruption import InterruptedRunError
+from pipeline.training.interruption import InterruptedRunError
 
 ConfigT = TypeVar("ConfigT")
 

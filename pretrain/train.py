@@ -17,12 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
 from pipeline.artifacts import claim, claimed_config, read_header
-from pipeline.checkpoints import CheckpointStore, TrainState
-from pipeline.cluster import ClusterConfig, run_training
+from pipeline.cluster.training import ClusterConfig, run_training
 from pipeline.config import identity
 from pipeline.errors import InputError
-from pipeline.metrics import MetricsLog, Progress
-from pipeline.optim import (
+from pipeline.training.checkpoints import CheckpointStore, TrainState
+from pipeline.training.metrics import MetricsLog, Progress
+from pipeline.training.optim import (
     OptimConfig,
     Precision,
     autocast,
@@ -32,18 +32,18 @@ from pipeline.optim import (
     resolve_precision,
     set_lr,
 )
-from pipeline.step import require_finite, synchronized, to_device
-from pipeline.worker import Worker
-from pretrain.backbone import ARTIFACT, BackboneSize, read_backbone_header, save_backbone
+from pipeline.training.step import require_finite, synchronized, to_device
+from pipeline.training.worker import Worker
 from pretrain.masking import MaskConfig, block_masks
-from pretrain.mim import MIM, MIMConfig, masked_patches, mim_figures, mim_header, mim_loss
-from shards.corpus import SubsetConfig, open_corpus, split_urls
-from shards.manifest import Dataset
-from shards.node_cache import CacheConfig
-from shards.reader import SampleBatch, ShardReader
-from shards.telemetry import ReaderReports
-from shards.views import ViewPolicy
-from tokenizer.artifact import VisualTokenizer
+from pretrain.model.backbone import ARTIFACT, BackboneSize, read_backbone_header, save_backbone
+from pretrain.model.mim import MIM, MIMConfig, masked_patches, mim_figures, mim_header, mim_loss
+from shards.dataset.corpus import SubsetConfig, open_corpus, split_urls
+from shards.format.manifest import Dataset
+from shards.pixels.views import ViewPolicy
+from shards.reader.disk_cache import CacheConfig
+from shards.reader.figures import ReaderReports
+from shards.reader.reader import SampleBatch, ShardReader
+from tokenizer.model.artifact import VisualTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,14 +14,14 @@ import sys
 for absent in ("ray", "open_clip", "webdataset", "moto"):
     sys.modules[absent] = None  # importing it now raises ImportError
 
-from pipeline.cluster import ClusterConfig
-from pretrain.backbone import BackboneSize, load_backbone
-from pretrain.mim import MIMConfig, PatchAggregationConfig
+from pipeline.cluster.training import ClusterConfig
+from pretrain.model.backbone import BackboneSize, load_backbone
+from pretrain.model.mim import MIMConfig, PatchAggregationConfig
 from pretrain.train import PretrainConfig, pretrain_mim
-from shards.prepare import PrepareConfig, prepare_images
-from tokenizer.precompute import PrecomputeConfig, precompute_shards
+from shards.writer.prepare import PrepareConfig, prepare_images
+from tokenizer.precompute.run import PrecomputeConfig, precompute_shards
 from tokenizer.train import TokenizerTrainConfig, train_tokenizer
-from tokenizer.vqkd import VQKDConfig
+from tokenizer.model.vqkd import VQKDConfig
 
 source, root = sys.argv[1:]
 images, tokenizer, tokens = f"{root}/images", f"{root}/tokenizer", f"{root}/tokens"

@@ -19,12 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
 from pipeline.artifacts import claim, claimed_config, read_header
-from pipeline.checkpoints import CheckpointStore, TrainState
-from pipeline.cluster import ClusterConfig, run_training
+from pipeline.cluster.training import ClusterConfig, run_training
 from pipeline.config import identity
 from pipeline.errors import InputError
-from pipeline.metrics import MetricsLog, Progress
-from pipeline.optim import (
+from pipeline.training.checkpoints import CheckpointStore, TrainState
+from pipeline.training.metrics import MetricsLog, Progress
+from pipeline.training.optim import (
     OptimConfig,
     Precision,
     autocast,
@@ -34,18 +34,18 @@ from pipeline.optim import (
     resolve_precision,
     set_lr,
 )
-from pipeline.step import RunningMeans, require_finite, synchronized, to_device
-from pipeline.worker import Worker
-from shards.corpus import SubsetConfig, open_corpus, split_urls
-from shards.manifest import Dataset, open_dataset
-from shards.node_cache import CacheConfig
-from shards.reader import ShardReader
-from shards.telemetry import ReaderReports
-from shards.views import ViewPolicy
-from tokenizer.artifact import save_tokenizer
-from tokenizer.quantizer import CodeStatistics, CodeUsage
-from tokenizer.teacher import Teacher, TeacherConfig, build_teacher, with_absolute_weights
-from tokenizer.vqkd import VQKD, VQKDConfig, VQKDOutput, normalize_pixels
+from pipeline.training.step import RunningMeans, require_finite, synchronized, to_device
+from pipeline.training.worker import Worker
+from shards.dataset.corpus import SubsetConfig, open_corpus, split_urls
+from shards.format.manifest import Dataset, open_dataset
+from shards.pixels.views import ViewPolicy
+from shards.reader.disk_cache import CacheConfig
+from shards.reader.figures import ReaderReports
+from shards.reader.reader import ShardReader
+from tokenizer.model.artifact import save_tokenizer
+from tokenizer.model.quantizer import CodeStatistics, CodeUsage
+from tokenizer.model.teacher import Teacher, TeacherConfig, build_teacher, with_absolute_weights
+from tokenizer.model.vqkd import VQKD, VQKDConfig, VQKDOutput, normalize_pixels
 
 FIGURES = ("loss", "rec_loss", "emb_loss")
 """Means over images, of `VQKDOutput`."""

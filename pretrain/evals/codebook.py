@@ -2,8 +2,8 @@
 
 **Consistency** of a code is the mean cosine between two of its patches from two different images, over all
 pairs of images, each weighing the same however many such patches it has. Compared are gradient histograms
-(`tokenizer.hog`, without its colour, which would make dark patches the most alike), whatever the tokenizer's
-teacher was: a code is consistent where its patches look alike, and a code with one meaning in many looks is
+(`tokenizer.model.hog`, without its colour, which would make dark patches the most alike), whatever the
+tokenizer's teacher was: a code is consistent where its patches look alike, and a code with one meaning in many looks is
 not found this way. Codes in too few patches or images have none worth naming. Flat patches are all alike, so
 codes of less contrast than the median code come after all others.
 
@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from pipeline.errors import InputError
-from pipeline.metrics import Progress
-from shards.code_counts import CodeCounts, count_places_and_classes
-from shards.crop_sample import CropSample
-from shards.manifest import Dataset
-from shards.summary import CodeStatistics, code_statistics, codebook_size
-from tokenizer.hog import Hog
+from pipeline.training.metrics import Progress
+from shards.dataset.codes import CodeCounts, count_places_and_classes
+from shards.dataset.crop_sample import CropSample
+from shards.dataset.summary import CodeStatistics, code_statistics, codebook_size
+from shards.format.manifest import Dataset
+from tokenizer.model.hog import Hog
 
 # Shapes below: n images of S pixels a side, a square grid of N patches of P pixels a side, K codes, T values
 # of a descriptor.

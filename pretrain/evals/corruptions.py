@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from shards.views import decode_crop
+from shards.pixels.views import decode_crop
 
 CorruptionName = Literal["gaussian_noise", "gaussian_blur", "contrast", "jpeg"]
 CORRUPTIONS: tuple[CorruptionName, ...] = get_args(CorruptionName)
@@ -55,7 +55,7 @@ def default_table(image_size: int) -> StrengthTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Corruption:
-    """One corruption at one severity, as a `shards.reader.Augment`.
+    """One corruption at one severity, as a `shards.reader.reader.Augment`.
 
     The copy of an image is a function of (seed, sample id, corruption, severity).
     """

@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline import storage
 from pipeline.artifacts import fingerprint, publish, read_file, read_header
 from pipeline.errors import InputError
-from pipeline.metrics import Progress
+from pipeline.training.metrics import Progress
 from pretrain.evals.features import (
     UNLABELLED,
     Extractor,
@@ -29,7 +29,7 @@ from pretrain.evals.features import (
     extract_features,
     read_labels,
 )
-from shards.manifest import Dataset
+from shards.format.manifest import Dataset
 
 ARTIFACT = "features"
 FILE = "features.safetensors"

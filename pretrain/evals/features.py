@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.metrics import Progress
-from pipeline.step import to_device
-from pretrain.backbone import Backbone
-from shards.manifest import Dataset
-from shards.reader import SampleBatch, ShardReader
-from shards.views import ViewPolicy
+from pipeline.training.metrics import Progress
+from pipeline.training.step import to_device
+from pretrain.model.backbone import Backbone
+from shards.format.manifest import Dataset
+from shards.pixels.views import ViewPolicy
+from shards.reader.reader import SampleBatch, ShardReader
 
 Extractor = Callable[[Tensor], Mapping[str, Tensor]]
 """uint8 images [B, 3, S, S] -> inputs of a classifier by name, each [B, D]."""

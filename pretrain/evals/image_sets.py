@@ -19,15 +19,15 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.artifacts import sha256_hex
-from pipeline.cluster import ClusterConfig
+from pipeline.cluster.training import ClusterConfig
 from pipeline.errors import InputError
 from pretrain.evals.features import UNLABELLED, read_labels
-from shards.commit import PLAN
-from shards.manifest import MANIFEST, open_dataset
-from shards.prepare import PARTS, PrepareConfig, prepare_images
-from shards.source_table import Source, rows_of
-from shards.source_tars import IMAGE_EXTENSIONS
-from shards.sources import SourceConfig, list_sources
+from shards.format.manifest import MANIFEST, open_dataset
+from shards.sources.listing import SourceConfig, list_sources
+from shards.sources.table import Source, rows_of
+from shards.sources.tars import IMAGE_EXTENSIONS
+from shards.writer.commit import PLAN
+from shards.writer.prepare import PARTS, PrepareConfig, prepare_images
 
 Benchmark = Literal["imagenet_a", "imagenet_r", "imagenet_sketch"]
 BENCHMARKS: dict[Benchmark, str] = {

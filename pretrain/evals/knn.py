@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.metrics import Progress
+from pipeline.training.metrics import Progress
 from pretrain.evals.linear import LabelledFeatures
 
 TEMPERATURE = 0.07

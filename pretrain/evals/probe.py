@@ -35,11 +35,10 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.artifacts import claim, publish, read_header
-from pipeline.cluster import ClusterConfig, map_items
+from pipeline.cluster.training import ClusterConfig, map_items
 from pipeline.config import identity, to_dict
 from pipeline.errors import InputError
-from pipeline.metrics import Progress
-from pretrain.backbone import Backbone, load_backbone, read_backbone_header
+from pipeline.training.metrics import Progress
 from pretrain.evals.feature_cache import Extraction, FeatureSource, load_or_extract
 from pretrain.evals.features import (
     PIXEL_SIDE,
@@ -55,8 +54,9 @@ from pretrain.evals.intervals import compare, wilson_interval
 from pretrain.evals.knn import knn_predictions
 from pretrain.evals.linear import LabelledFeatures, Sweep, choose_lr, train_classifiers
 from pretrain.evals.probe_result import KnnScore, ProbeResult, Score, percent
-from shards.corpus import SubsetConfig, open_corpus, split_urls
-from shards.manifest import Dataset, open_dataset
+from pretrain.model.backbone import Backbone, load_backbone, read_backbone_header
+from shards.dataset.corpus import SubsetConfig, open_corpus, split_urls
+from shards.format.manifest import Dataset, open_dataset
 
 ARTIFACT = "probe"
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from pretrain.evals.codebook import CHUNK, MIN_PATCHES, Likeness, choose_patches
 from pretrain.masking import MaskConfig, block_masks
-from pretrain.mim import MIM
-from shards.preview import surroundings
+from pretrain.model.mim import MIM
+from shards.dataset.preview import surroundings
 
 # Shapes below: n images of S pixels a side, a square grid of N patches of P pixels a side, K codes.
 

@@ -20,13 +20,12 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.artifacts import claim, publish, read_header
-from pipeline.cluster import ClusterConfig, device_type, map_items
+from pipeline.cluster.training import ClusterConfig, device_type, map_items
 from pipeline.config import identity
 from pipeline.errors import InputError
-from pipeline.metrics import Progress
-from pipeline.optim import Precision, autocast, resolve_precision
-from pipeline.step import to_device
-from pretrain.classifier_artifact import classifier_config, load_classifier, read_classifier_header
+from pipeline.training.metrics import Progress
+from pipeline.training.optim import Precision, autocast, resolve_precision
+from pipeline.training.step import to_device
 from pretrain.evals.corruptions import CORRUPTIONS, SEVERITIES, Corruption, StrengthTable, default_table
 from pretrain.evals.image_sets import BENCHMARKS, ImageSet, Outputs, check_classes, look_at, prepare, wnids
 from pretrain.evals.intervals import compare, wilson_interval
@@ -40,10 +39,11 @@ from pretrain.evals.robustness_result import (
     SetAccount,
     difference_interval,
 )
-from pretrain.finetune import TOP_K, default_center_fraction
-from shards.manifest import open_dataset
-from shards.reader import ShardReader
-from shards.views import ViewPolicy
+from pretrain.finetune.train import TOP_K, default_center_fraction
+from pretrain.model.artifacts import classifier_config, load_classifier, read_classifier_header
+from shards.format.manifest import open_dataset
+from shards.pixels.views import ViewPolicy
+from shards.reader.reader import ShardReader
 
 ARTIFACT = "robustness"
 PLOT_FILE = "robustness.png"

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
-from pipeline.cluster import ClusterConfig
-from pipeline.optim import OptimConfig
-from pretrain.backbone import BackboneSize
+from pipeline.cluster.training import ClusterConfig
+from pipeline.training.optim import OptimConfig
 from pretrain.masking import MaskConfig
-from pretrain.mim import MIMConfig, PatchAggregationConfig
+from pretrain.model.backbone import BackboneSize
+from pretrain.model.mim import MIMConfig, PatchAggregationConfig
 from pretrain.train import PretrainConfig, pretrain_mim
-from shards.prepare import PrepareConfig, prepare_images
-from shards.views import ViewPolicy
+from shards.pixels.views import ViewPolicy
+from shards.writer.prepare import PrepareConfig, prepare_images
 from tests.pipeline.gloo_group import PRELOADED
-from tokenizer.precompute import PrecomputeConfig, precompute_shards
+from tokenizer.model.vqkd import VQKDConfig
+from tokenizer.precompute.run import PrecomputeConfig, precompute_shards
 from tokenizer.train import TokenizerTrainConfig, train_tokenizer
-from tokenizer.vqkd import VQKDConfig
 
 Run = Callable[[Any], None]
 HERE = ClusterConfig(num_workers=0)

@@ -14,12 +14,12 @@ import pytest
 
 from pipeline import storage
 from pipeline.artifacts import sha256_hex
-from pipeline.cluster import ClusterConfig, map_items
+from pipeline.cluster.training import ClusterConfig, map_items
 from pipeline.storage import StoreError
-from shards import commit
-from shards.index import codes_of, read_rejects
-from shards.manifest import Dataset, open_dataset, read_shard_index
-from shards.views import decode_crop
+from shards.format.index import codes_of, read_rejects
+from shards.format.manifest import Dataset, open_dataset, read_shard_index
+from shards.pixels.views import decode_crop
+from shards.writer import commit
 from tests.chaos.proxy import Faults
 from tests.chaos.tiny_pass import CODEBOOK_SIZE, GRID, SIDE, TinyPass, fake_codes, tree
 
@@ -217,14 +217,14 @@ def test_prepare_precompute_and_read_under_all_faults(
     import torch
     from PIL import Image
 
-    from shards.node_cache import CacheConfig
-    from shards.prepare import PrepareConfig, prepare_images
-    from shards.reader import ShardReader
-    from shards.views import ViewPolicy
-    from tokenizer.artifact import METRICS, save_tokenizer
-    from tokenizer.precompute import PrecomputeConfig, precompute_shards
-    from tokenizer.teacher import TeacherConfig, build_teacher
-    from tokenizer.vqkd import VQKD, VQKDConfig
+    from shards.pixels.views import ViewPolicy
+    from shards.reader.disk_cache import CacheConfig
+    from shards.reader.reader import ShardReader
+    from shards.writer.prepare import PrepareConfig, prepare_images
+    from tokenizer.model.artifact import METRICS, save_tokenizer
+    from tokenizer.model.teacher import TeacherConfig, build_teacher
+    from tokenizer.model.vqkd import VQKD, VQKDConfig
+    from tokenizer.precompute.run import PrecomputeConfig, precompute_shards
 
     torch.manual_seed(0)
     local = str(tmp_path_factory.mktemp("local"))

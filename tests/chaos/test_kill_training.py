@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from pipeline import storage
-from pipeline.checkpoints import CheckpointStore
-from pipeline.cluster import ClusterConfig, WorkerFailedError, run_training
-from pipeline.interruption import InterruptedRunError
-from pipeline.metrics import read_metrics
-from pipeline.worker import Worker
+from pipeline.cluster.training import ClusterConfig, WorkerFailedError, run_training
+from pipeline.training.checkpoints import CheckpointStore
+from pipeline.training.interruption import InterruptedRunError
+from pipeline.training.metrics import read_metrics
+from pipeline.training.worker import Worker
 from tests.chaos.conftest import Run, Stage
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from pipeline import storage
-from pipeline.cluster import ClusterConfig
-from pipeline.metrics import read_metrics
-from pipeline.worker import Worker
+from pipeline.cluster.training import ClusterConfig
+from pipeline.training.metrics import read_metrics
+from pipeline.training.worker import Worker
 from pretrain.train import PretrainConfig, pretrain_mim
 from tests.chaos.conftest import Stage
 from tests.chaos.test_kill_ray import Head, running_head

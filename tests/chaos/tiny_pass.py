@@ -28,13 +28,13 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.artifacts import sha256_hex
-from pipeline.cluster import ClusterConfig, map_items
-from shards import commit
-from shards.build import build_shard
-from shards.manifest import Manifest
-from shards.plan import Item, Plan, items
-from shards.samples import RejectedSample, StoredSample
-from shards.views import ViewPolicy, decode_crop, encode_crop, render, view_at
+from pipeline.cluster.training import ClusterConfig, map_items
+from shards.format.build import build_shard
+from shards.format.manifest import Manifest
+from shards.format.plan import Item, Plan, items
+from shards.format.records import RejectedSample, StoredSample
+from shards.pixels.views import ViewPolicy, decode_crop, encode_crop, render, view_at
+from shards.writer import commit
 
 SIDE = 16
 GRID = (4, 4)

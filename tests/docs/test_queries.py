@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shards.build import build_shard
-from shards.commit import commit, finish, pending, start
-from shards.layers import build_layer_shard, layer_plan
-from shards.manifest import layer_url, open_table, views_url
-from shards.plan import Plan
-from shards.samples import StoredSample, sample_key
-from shards.views import CropBox, decode_crop, encode_crop
+from shards.format.build import build_shard
+from shards.format.manifest import layer_url, open_table, views_url
+from shards.format.plan import Plan
+from shards.format.records import StoredSample, sample_key
+from shards.pixels.views import CropBox, decode_crop, encode_crop
+from shards.writer.commit import commit, finish, pending, start
+from shards.writer.layers import build_layer_shard, layer_plan
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "queries.md"
 GRID, CODEBOOK_SIZE, CLASSES = (2, 3), 12, ["ant", "bee", "cat"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from jobs.check_reference import CheckReferenceConfig, check_folder, main
-from jobs.reference_fixtures import Checks
+from jobs.reference.fixtures import Checks
 from pipeline.errors import InputError
 
 State = dict[str, Tensor]

@@ -12,8 +12,8 @@ from PIL import Image
 from scipy.optimize import minimize
 from scipy.special import logsumexp, softmax
 
-from jobs import drawing
 from jobs.draw_images import DrawConfig, draw_images
+from jobs.report import drawing
 from pipeline.errors import InputError
 
 SMALL = {"num_images": 26, "num_classes": 12, "image_size": 48}

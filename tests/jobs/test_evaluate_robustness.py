@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from pipeline.config import run_job
-from pretrain.backbone import BackboneConfig
-from pretrain.classifier import Classifier, ClassifierConfig
-from pretrain.classifier_artifact import save_classifier
 from pretrain.evals.robustness import RobustnessConfig, evaluate_robustness
+from pretrain.model.artifacts import save_classifier
+from pretrain.model.backbone import BackboneConfig
+from pretrain.model.classifier import Classifier, ClassifierConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from jobs.export_backbone import ExportConfig, main
 from pipeline import storage
 from pipeline.errors import InputError
-from pretrain.backbone import Backbone, BackboneConfig, save_backbone
-from pretrain.classifier import Classifier, ClassifierConfig
-from pretrain.classifier_artifact import save_classifier
-from pretrain.mim import MIM, MIMConfig, PatchAggregationConfig, mim_header
-from pretrain.official import classifier_from_official, official_finetuning
-from tokenizer.artifact import METRICS, save_tokenizer
-from tokenizer.official import published_teacher, vqkd_from_official
+from pretrain.model.artifacts import save_classifier
+from pretrain.model.backbone import Backbone, BackboneConfig, save_backbone
+from pretrain.model.classifier import Classifier, ClassifierConfig
+from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig, mim_header
+from pretrain.model.official import classifier_from_official, official_finetuning
+from tokenizer.model.artifact import METRICS, save_tokenizer
+from tokenizer.model.official import published_teacher, vqkd_from_official
 
 SHAPE = BackboneConfig(image_size=24, patch_size=4, width=32, depth=2, heads=4)
 EXACT = {"rtol": 1e-5, "atol": 1e-5}

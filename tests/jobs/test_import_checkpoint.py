@@ -18,10 +18,10 @@ from torch import Tensor
 from jobs.import_checkpoint import ImportConfig, main
 from pipeline import tensorfile
 from pipeline.errors import InputError
-from pretrain.backbone import load_backbone, read_backbone_header
-from pretrain.classifier_artifact import load_classifier
-from pretrain.mim import load_mim
-from tokenizer.artifact import VisualTokenizer, read_tokenizer
+from pretrain.model.artifacts import load_classifier
+from pretrain.model.backbone import load_backbone, read_backbone_header
+from pretrain.model.mim import load_mim
+from tokenizer.model.artifact import VisualTokenizer, read_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PublishedState = Callable[..., dict[str, Tensor]]
@@ -68,7 +68,7 @@ def test_a_tokenizer(tmp_path: Path, published_state: PublishedState, capsys: py
 
 
 def test_what_is_assumed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from tokenizer.vqkd import VQKD, VQKDConfig
+    from tokenizer.model.vqkd import VQKD, VQKDConfig
 
     torch.manual_seed(0)
     shape = VQKDConfig(

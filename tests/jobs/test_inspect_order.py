@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from jobs.inspect_order import InspectOrderConfig, main
 from pipeline.errors import InputError
-from shards.build import build_shard
-from shards.commit import commit, finish, pending, start
-from shards.corpus import SubsetConfig
-from shards.manifest import open_dataset
-from shards.order import view_of_epoch
-from shards.plan import Plan
-from shards.reader import ShardReader
-from shards.samples import RejectedSample, StoredSample
-from shards.views import CropBox, decode_crop, encode_crop
+from shards.dataset.corpus import SubsetConfig
+from shards.format.build import build_shard
+from shards.format.manifest import open_dataset
+from shards.format.plan import Plan
+from shards.format.records import RejectedSample, StoredSample
+from shards.pixels.views import CropBox, decode_crop, encode_crop
+from shards.reader.order import view_of_epoch
+from shards.reader.reader import ShardReader
+from shards.writer.commit import commit, finish, pending, start
 
 NUM_SAMPLES = 60
 REJECTED = (7, 31)

@@ -12,10 +12,10 @@ import pytest
 
 from jobs.inspect_shards import InspectConfig, main
 from pipeline.errors import InputError
-from shards.build import build_shard
-from shards.commit import Plan, commit, finish, pending, start
-from shards.samples import StoredSample
-from shards.views import CropBox, decode_crop, encode_crop
+from shards.format.build import build_shard
+from shards.format.records import StoredSample
+from shards.pixels.views import CropBox, decode_crop, encode_crop
+from shards.writer.commit import Plan, commit, finish, pending, start
 
 ROOT = Path(__file__).resolve().parents[2]
 

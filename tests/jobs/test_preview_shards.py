@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.preview_page import CROP, MARGIN
 from jobs.preview_shards import PreviewConfig, main
+from jobs.report.preview_page import CROP, MARGIN
 from pipeline.errors import InputError
-from shards.build import build_shard
-from shards.commit import commit, finish, pending, start
-from shards.manifest import Dataset, open_dataset
-from shards.plan import Plan
-from shards.preview import code_colors, preview
-from shards.samples import StoredSample
-from shards.views import CropBox, decode_crop, encode_crop
+from shards.dataset.preview import code_colors, preview
+from shards.format.build import build_shard
+from shards.format.manifest import Dataset, open_dataset
+from shards.format.plan import Plan
+from shards.format.records import StoredSample
+from shards.pixels.views import CropBox, decode_crop, encode_crop
+from shards.writer.commit import commit, finish, pending, start
 
 SIDE, PATCH, CODEBOOK_SIZE = 16, 4, 40
 GRID = (SIDE // PATCH, SIDE // PATCH)

@@ -15,10 +15,10 @@ import pytest
 
 from pipeline.config import parse
 from pretrain.evals.robustness import RobustnessConfig
-from pretrain.finetune import FinetuneConfig
-from pretrain.segmentation import SegmentationConfig
+from pretrain.finetune.train import FinetuneConfig
+from pretrain.segment.train import SegmentationConfig
 from pretrain.train import PretrainConfig
-from tokenizer.precompute import PrecomputeConfig
+from tokenizer.precompute.run import PrecomputeConfig
 from tokenizer.train import TokenizerTrainConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"

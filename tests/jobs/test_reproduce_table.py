@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from jobs.paper_tables import METRICS, TABLES
 from jobs.reproduce_table import ReproduceConfig, collect, plan_of, publish, reproduce_table, run_all
 from jobs.run_pipeline import ClusterOverride, Stage
-from jobs.table_graph import HEADERS
-from jobs.table_results import Cell, Reading, Result, judge, markdown, verdict_of, written_into
+from jobs.stages.paper_tables import METRICS, TABLES
+from jobs.stages.results import Cell, Reading, Result, judge, markdown, verdict_of, written_into
+from jobs.stages.tables import HEADERS
 from pipeline import storage
-from pipeline.cluster import ClusterConfig
+from pipeline.cluster.training import ClusterConfig
 from pipeline.config import parse
 from pipeline.errors import InputError
-from shards.prepare import PrepareConfig, prepare_images
+from shards.writer.prepare import PrepareConfig, prepare_images
 
 IN_PROCESS = ClusterConfig(num_workers=0)
 SCALE = """
@@ -461,7 +461,7 @@ def test_a_lower_loss_is_better() -> None:
     assert METRICS["rec_loss"].lower_is_better
 
     def line(row: Any, value: float) -> Any:
-        from jobs.table_results import Line
+        from jobs.stages.results import Line
 
         cell = Cell(paper=None, readings=(Reading(value=value),))
         return Line(row=row, here={}, cells={"rec_loss": cell})

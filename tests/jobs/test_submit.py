@@ -194,7 +194,7 @@ def test_a_job_that_still_runs_is_followed_not_repeated(
     ray_head: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As after the submitter's machine was switched off and on."""
-    from jobs.submission import JobServer
+    from jobs.stages.submission import JobServer
 
     monkeypatch.chdir(ROOT)
     argv = ["--output", str(tmp_path / "drawn"), "--num_images", "90000"]
@@ -216,7 +216,7 @@ def test_a_job_that_still_runs_is_followed_not_repeated(
 def test_the_upload_is_measured_and_refused_when_too_large(
     ray_head: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from jobs.submission import JobServer
+    from jobs.stages.submission import JobServer
 
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "module.py").write_text("x = 1\n")

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from jobs.verify_shards import VerifyConfig, main
-from pipeline.cluster import ClusterConfig
+from pipeline.cluster.training import ClusterConfig
 from pipeline.errors import InputError
-from shards.manifest import open_dataset
-from shards.prepare import PrepareConfig, prepare_images
+from shards.format.manifest import open_dataset
+from shards.writer.prepare import PrepareConfig, prepare_images
 
 ROOT = Path(__file__).resolve().parents[2]
 

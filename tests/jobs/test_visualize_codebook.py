@@ -15,21 +15,21 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.codebook_page import BORDER, CROP, patch_tile, place_map
-from jobs.sheets import PAPER, RED, fitted
+from jobs.report.codebook import BORDER, CROP, patch_tile, place_map
+from jobs.report.sheets import PAPER, RED, fitted
 from jobs.visualize_codebook import VisualizeConfig, visualize_codebook
 from pipeline import storage
 from pipeline.errors import InputError
 from pretrain.evals.codebook import Example, PlacedCode
-from shards.build import build_shard
-from shards.commit import commit, finish, pending, start
-from shards.plan import Plan
-from shards.samples import StoredSample
-from shards.summary import code_statistics
-from shards.views import CropBox, decode_crop, encode_crop
-from tokenizer.artifact import VisualTokenizer, save_tokenizer
-from tokenizer.teacher import TeacherConfig, build_teacher
-from tokenizer.vqkd import VQKD, VQKDConfig
+from shards.dataset.summary import code_statistics
+from shards.format.build import build_shard
+from shards.format.plan import Plan
+from shards.format.records import StoredSample
+from shards.pixels.views import CropBox, decode_crop, encode_crop
+from shards.writer.commit import commit, finish, pending, start
+from tokenizer.model.artifact import VisualTokenizer, save_tokenizer
+from tokenizer.model.teacher import TeacherConfig, build_teacher
+from tokenizer.model.vqkd import VQKD, VQKDConfig
 
 SIDE, PATCH, CODEBOOK_SIZE, SAMPLES = 32, 8, 13, 40
 GRID = (SIDE // PATCH, SIDE // PATCH)
@@ -182,7 +182,7 @@ def test_classes_are_those_of_the_images_that_hold_the_code(shown: Path):
 
 def test_neighbours_are_the_nearest_codes_of_the_tokenizer(shown: Path, tokenizer: str, tokens: str):
     from jobs.visualize_codebook import read_codebook
-    from shards.manifest import open_dataset
+    from shards.format.manifest import open_dataset
 
     vectors = read_codebook(tokenizer, open_dataset(tokens))
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
@@ -347,8 +347,8 @@ def test_another_tokenizer_and_another_runs_output_are_refused(tokens: str, show
 
 
 def test_image_shards_end_the_job_with_status_2(make_image_folder, tmp_path: Path):
-    from pipeline.cluster import ClusterConfig
-    from shards.prepare import PrepareConfig, prepare_images
+    from pipeline.cluster.training import ClusterConfig
+    from shards.writer.prepare import PrepareConfig, prepare_images
 
     prepare_images(
         PrepareConfig(

@@ -15,24 +15,24 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs import drawing
-from jobs.report_findings import ReportConfig, find, summary_rows
+from jobs.report import drawing
+from jobs.report.findings import ReportConfig, find, summary_rows
 from jobs.run_pipeline import StageRecord, write_record
 from jobs.write_report import summary_table, write_report
 from pipeline import artifacts
-from pipeline.cluster import ClusterConfig
+from pipeline.cluster.training import ClusterConfig
 from pipeline.errors import InputError
-from pretrain.backbone import Backbone, BackboneConfig, save_backbone
 from pretrain.evals.probe import ProbeResult, Score, compare, wilson_interval
-from pretrain.mim import MIM, MIMConfig, PatchAggregationConfig, mim_header
-from shards.manifest import open_dataset
-from shards.prepare import PrepareConfig, prepare_images
-from shards.summary import code_statistics, count_codes
-from shards.views import ViewPolicy
-from tokenizer.artifact import VisualTokenizer, save_tokenizer
-from tokenizer.precompute import PrecomputeConfig, precompute_shards
-from tokenizer.teacher import TeacherConfig, build_teacher
-from tokenizer.vqkd import VQKD, VQKDConfig
+from pretrain.model.backbone import Backbone, BackboneConfig, save_backbone
+from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig, mim_header
+from shards.dataset.summary import code_statistics, count_codes
+from shards.format.manifest import open_dataset
+from shards.pixels.views import ViewPolicy
+from shards.writer.prepare import PrepareConfig, prepare_images
+from tokenizer.model.artifact import VisualTokenizer, save_tokenizer
+from tokenizer.model.teacher import TeacherConfig, build_teacher
+from tokenizer.model.vqkd import VQKD, VQKDConfig
+from tokenizer.precompute.run import PrecomputeConfig, precompute_shards
 
 IN_PROCESS = ClusterConfig(num_workers=0)
 SIZE, PATCH, CODES = 32, 8, 13

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.cluster import ClusterConfig
-    from shards.reader import SampleBatch
+    from pipeline.cluster.training import ClusterConfig
+    from shards.reader.reader import SampleBatch
 
 PRELOADED = ["tokenizer.train", "pretrain.train", "torch._dynamo", "torch.utils.tensorboard"]
 """Imports that would take every process seconds: the loops, and what is imported once they run."""
@@ -100,10 +100,10 @@ def _be_rank(
     import torch
     import torch.distributed as dist
 
-    from pipeline.checkpoints import CheckpointStore
-    from pipeline.interruption import Interruption
-    from pipeline.worker import Worker
-    from shards.reader import ShardReader
+    from pipeline.training.checkpoints import CheckpointStore
+    from pipeline.training.interruption import Interruption
+    from pipeline.training.worker import Worker
+    from shards.reader.reader import ShardReader
 
     torch.set_num_threads(1)
     loop = sys.modules[train.__module__]

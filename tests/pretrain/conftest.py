@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shards.build import build_shard
-from shards.commit import commit, finish, pending, start
-from shards.plan import Plan
-from shards.samples import StoredSample
-from shards.views import CropBox, decode_crop, encode_crop
+from shards.format.build import build_shard
+from shards.format.plan import Plan
+from shards.format.records import StoredSample
+from shards.pixels.views import CropBox, decode_crop, encode_crop
+from shards.writer.commit import commit, finish, pending, start
 
 NUM_SAMPLES = 40
 CODEBOOK_SIZE = 8

@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.cluster import ClusterConfig
+from pipeline.cluster.training import ClusterConfig
 from pipeline.errors import InputError
-from pipeline.metrics import read_metrics
-from pretrain.backbone import BackboneSize
-from pretrain.mim import MIMConfig, PatchAggregationConfig
+from pipeline.training.metrics import read_metrics
+from pretrain.model.backbone import BackboneSize
+from pretrain.model.mim import MIMConfig, PatchAggregationConfig
 from pretrain.train import PretrainConfig, pretrain_mim
-from shards.build import build_shard
-from shards.commit import commit, finish, pending, start
-from shards.corpus import SubsetConfig
-from shards.parts import read_plan
-from shards.samples import StoredSample
-from shards.telemetry import READER_FILE
-from shards.views import CropBox, decode_crop, encode_crop
+from shards.dataset.corpus import SubsetConfig
+from shards.dataset.parts import read_plan
+from shards.format.build import build_shard
+from shards.format.records import StoredSample
+from shards.pixels.views import CropBox, decode_crop, encode_crop
+from shards.reader.figures import READER_FILE
+from shards.writer.commit import commit, finish, pending, start
 
 
 @pytest.fixture

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.cluster import ClusterConfig
+from pipeline.cluster.training import ClusterConfig
 from pipeline.errors import InputError
-from pretrain.backbone import BackboneSize
-from pretrain.mim import MIMConfig, PatchAggregationConfig
+from pretrain.model.backbone import BackboneSize
+from pretrain.model.mim import MIMConfig, PatchAggregationConfig
 from pretrain.train import PretrainConfig, pretrain_mim
-from shards.build import build_shard
-from shards.commit import commit, finish, pending, start
-from shards.manifest import open_dataset, read_manifest, views_url
-from shards.parts import read_plan
-from shards.samples import StoredSample
-from shards.views import CropBox, decode_crop, encode_crop
+from shards.dataset.parts import read_plan
+from shards.format.build import build_shard
+from shards.format.manifest import open_dataset, read_manifest, views_url
+from shards.format.records import StoredSample
+from shards.pixels.views import CropBox, decode_crop, encode_crop
+from shards.writer.commit import commit, finish, pending, start
 
 
 def test_a_run_keeps_to_the_views_it_began_with(

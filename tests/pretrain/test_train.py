@@ -12,17 +12,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from pipeline.checkpoints import CheckpointStore
-from pipeline.cluster import ClusterConfig
+from pipeline.cluster.training import ClusterConfig
 from pipeline.errors import InputError
-from pipeline.interruption import InterruptedRunError
-from pipeline.metrics import read_metrics
-from pipeline.optim import OptimConfig, set_lr
-from pretrain.backbone import BackboneSize, load_backbone, read_backbone_header
-from pretrain.mim import MIMConfig, PatchAggregationConfig, load_mim
+from pipeline.training.checkpoints import CheckpointStore
+from pipeline.training.interruption import InterruptedRunError
+from pipeline.training.metrics import read_metrics
+from pipeline.training.optim import OptimConfig, set_lr
+from pretrain.model.backbone import BackboneSize, load_backbone, read_backbone_header
+from pretrain.model.mim import MIMConfig, PatchAggregationConfig, load_mim
 from pretrain.train import PretrainConfig, pretrain_mim
-from shards.manifest import open_dataset
-from shards.reader import SampleBatch, ShardReader
+from shards.format.manifest import open_dataset
+from shards.reader.reader import SampleBatch, ShardReader
 from tests.pipeline.gloo_group import GlooGroups, GroupKilledError, check_nothing_lost_nothing_twice
 
 if TYPE_CHECKING:

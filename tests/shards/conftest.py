@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.cluster import ClusterConfig
-from shards.build import ForeignTar, build_shard
-from shards.commit import Item, Plan, commit, finish, pending, start
-from shards.decode import DecodeConfig, Rejected, decode_image, decode_recipe
-from shards.images import ImageSample, read_crops, read_images
-from shards.layers import build_layer_shard, layer_plan
-from shards.manifest import Dataset, Manifest, layer_url, open_dataset, open_table, views_url
-from shards.plan import items
-from shards.prepare import PrepareConfig, prepare_images
-from shards.rebuild import Encoder
-from shards.samples import RejectedSample, StoredSample
-from shards.views import CropBox, Jitter, ViewPolicy, decode_crop, encode_crop, render, view_at
+from pipeline.cluster.training import ClusterConfig
+from shards.dataset.images import ImageSample, read_crops, read_images
+from shards.format.build import ForeignTar, build_shard
+from shards.format.manifest import Dataset, Manifest, layer_url, open_dataset, open_table, views_url
+from shards.format.plan import items
+from shards.format.records import RejectedSample, StoredSample
+from shards.pixels.decode import DecodeConfig, Rejected, decode_image, decode_recipe
+from shards.pixels.views import CropBox, Jitter, ViewPolicy, decode_crop, encode_crop, render, view_at
+from shards.upkeep.rebuild import Encoder
+from shards.writer.commit import Item, Plan, commit, finish, pending, start
+from shards.writer.layers import build_layer_shard, layer_plan
+from shards.writer.prepare import PrepareConfig, prepare_images
 
 GRID = (2, 3)
 CODEBOOK_SIZE = 16

@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.cluster import ClusterConfig
-from pipeline.optim import OptimConfig
-from shards.prepare import PrepareConfig, prepare_images
-from shards.views import ViewPolicy
-from tokenizer.artifact import METRICS, save_tokenizer
-from tokenizer.teacher import TeacherConfig, build_teacher
+from pipeline.cluster.training import ClusterConfig
+from pipeline.training.optim import OptimConfig
+from shards.pixels.views import ViewPolicy
+from shards.writer.prepare import PrepareConfig, prepare_images
+from tokenizer.model.artifact import METRICS, save_tokenizer
+from tokenizer.model.teacher import TeacherConfig, build_teacher
+from tokenizer.model.vqkd import VQKD, VQKDConfig
 from tokenizer.train import TokenizerTrainConfig, train_tokenizer
-from tokenizer.vqkd import VQKD, VQKDConfig
 
 IN_PROCESS = ClusterConfig(num_workers=0)
 NUM_IMAGES = 40

@@ -13,18 +13,18 @@ import safetensors.torch
 import torch
 
 from pipeline.artifacts import read_header
-from pipeline.checkpoints import CheckpointStore
-from pipeline.cluster import ClusterConfig
+from pipeline.cluster.training import ClusterConfig
 from pipeline.errors import InputError
-from pipeline.interruption import InterruptedRunError
-from pipeline.metrics import read_metrics
-from pipeline.worker import Worker
-from shards.manifest import open_dataset
-from shards.reader import ShardReader
+from pipeline.training.checkpoints import CheckpointStore
+from pipeline.training.interruption import InterruptedRunError
+from pipeline.training.metrics import read_metrics
+from pipeline.training.worker import Worker
+from shards.format.manifest import open_dataset
+from shards.reader.reader import ShardReader
 from tests.pipeline.gloo_group import GlooGroups, GroupKilledError, check_nothing_lost_nothing_twice
-from tokenizer.teacher import TeacherConfig, build_teacher
+from tokenizer.model.teacher import TeacherConfig, build_teacher
+from tokenizer.model.vqkd import VQKD
 from tokenizer.train import TokenizerTrainConfig, train_tokenizer, validate
-from tokenizer.vqkd import VQKD
 
 if TYPE_CHECKING:
     from tests.conftest import RayHead

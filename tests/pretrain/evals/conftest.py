@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pretrain.backbone import BackboneConfig, save_backbone
-from pretrain.mim import MIM, MIMConfig, PatchAggregationConfig, mim_header
-from shards.build import build_shard
-from shards.commit import Plan, commit, finish, pending, start
-from shards.decode import DecodeConfig, decode_image
-from shards.samples import StoredSample
+from pretrain.model.backbone import BackboneConfig, save_backbone
+from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig, mim_header
+from shards.format.build import build_shard
+from shards.format.records import StoredSample
+from shards.pixels.decode import DecodeConfig, decode_image
+from shards.writer.commit import Plan, commit, finish, pending, start
 
 
 def colour_of(label: int) -> tuple[int, int, int]:

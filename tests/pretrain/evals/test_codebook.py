@@ -10,7 +10,7 @@ import pytest
 
 from pretrain.evals import codebook
 from pretrain.evals.codebook import Likeness, choose_patches, mutual_information, position_bits
-from shards.code_counts import CodeCounts
+from shards.dataset.codes import CodeCounts
 
 PATCH, SIDE = 8, 4
 SIZE = PATCH * SIDE

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pretrain.evals.feature_cache import Extraction, FeatureSource, load_or_extract
 from pretrain.evals.features import FeatureSet, center_crops
-from shards.corpus import SubsetConfig, open_corpus
+from shards.dataset.corpus import SubsetConfig, open_corpus
 
 HOW = Extraction(
     image_size=16,

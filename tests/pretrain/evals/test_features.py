@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.metrics import Progress
-from pretrain.backbone import Backbone, BackboneConfig
+from pipeline.training.metrics import Progress
 from pretrain.evals.features import (
     backbone_feature_names,
     backbone_features,
     extract_features,
     pixel_features,
 )
+from pretrain.model.backbone import Backbone, BackboneConfig
 
 CPU = torch.device("cpu")
 BACKBONE = BackboneConfig(image_size=16, patch_size=4, width=32, depth=2, heads=2)

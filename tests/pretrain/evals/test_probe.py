@@ -13,14 +13,8 @@ from pipeline.errors import InputError
 from pretrain.evals.features import FeatureSet, read_labels
 from pretrain.evals.knn import knn_predictions
 from pretrain.evals.linear import LabelledFeatures
-from pretrain.evals.probe import (
-    ProbeConfig,
-    probe_features,
-    probe_linear,
-    run_probe,
-    translate_labels,
-)
-from shards.manifest import open_dataset
+from pretrain.evals.probe import ProbeConfig, probe_features, probe_linear, run_probe, translate_labels
+from shards.format.manifest import open_dataset
 
 CONFIGS = Path(__file__).resolve().parents[3] / "jobs" / "configs"
 

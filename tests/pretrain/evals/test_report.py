@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.backbone import BackboneConfig
 from pretrain.evals import report
-from pretrain.mim import MIM, MIMConfig, PatchAggregationConfig
+from pretrain.model.backbone import BackboneConfig
+from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
 
 PATCH, SIDE, SIZE = 8, 4, 32
 

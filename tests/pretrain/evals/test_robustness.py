@@ -16,21 +16,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.cluster import ClusterConfig
+from pipeline.cluster.training import ClusterConfig
 from pipeline.errors import InputError
-from pretrain.augment import AugmentConfig
-from pretrain.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, BackboneSize
-from pretrain.classifier import Classifier, ClassifierConfig
-from pretrain.classifier_artifact import load_classifier, save_classifier
 from pretrain.evals.corruptions import Corruption
 from pretrain.evals.image_sets import wnids
 from pretrain.evals.robustness import RobustnessConfig, evaluate_robustness, score
-from pretrain.finetune import FinetuneConfig, default_center_fraction, finetune_classifier
-from shards.manifest import open_dataset
-from shards.prepare import PrepareConfig, prepare_images
-from shards.source_table import rows_of
-from shards.sources import SourceConfig, list_sources
-from shards.views import ViewPolicy
+from pretrain.finetune.augment import AugmentConfig
+from pretrain.finetune.train import FinetuneConfig, default_center_fraction, finetune_classifier
+from pretrain.model.artifacts import load_classifier, save_classifier
+from pretrain.model.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, BackboneSize
+from pretrain.model.classifier import Classifier, ClassifierConfig
+from shards.format.manifest import open_dataset
+from shards.pixels.views import ViewPolicy
+from shards.sources.listing import SourceConfig, list_sources
+from shards.sources.table import rows_of
+from shards.writer.prepare import PrepareConfig, prepare_images
 
 SIDE = 16
 IN_PROCESS = ClusterConfig(num_workers=0)

@@ -1,0 +1,1 @@
+"""Pages and pictures for people: the report of a run, the codebook, drawn images."""

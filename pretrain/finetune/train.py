@@ -1,0 +1,575 @@
+"""Fine-tuning for image classification (Table 10; reference.md §6.1), also on ImageNet-21k (Table 7).
+
+Read `_train` from top to bottom: it is the whole loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from timm.loss.cross_entropy import SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline import storage
+from pipeline.artifacts import claim, read_header
+from pipeline.cluster.training import ClusterConfig, run_training
+from pipeline.config import identity
+from pipeline.errors import InputError
+from pipeline.training.checkpoints import CheckpointStore, TrainState
+from pipeline.training.metrics import MetricsLog, Progress
+from pipeline.training.optim import (
+    OptimConfig,
+    Precision,
+    autocast,
+    cosine_schedule,
+    grad_scaler,
+    resolve_precision,
+)
+from pipeline.training.step import require_finite, synchronized, to_device
+from pipeline.training.worker import Worker
+from pretrain.evals.features import UNLABELLED, read_labels
+from pretrain.evals.probe import translate_labels
+from pretrain.finetune.augment import AugmentConfig, MixedBatch, RandAugment, erase_each, mix_batch
+from pretrain.finetune.layer_decay import layerwise_groups, set_layerwise_lr
+from pretrain.finetune.start import (
+    Goal,
+    Start,
+    from_backbone,
+    from_scratch,
+    from_teacher,
+    from_tokenizer,
+    save_finetuned,
+)
+from pretrain.model.artifacts import ARTIFACT
+from pretrain.model.backbone import BackboneSize
+from pretrain.model.classifier import Pooling
+from shards.dataset.corpus import SubsetConfig, open_corpus, split_urls
+from shards.format.manifest import Dataset, open_dataset
+from shards.pixels.views import CENTER_FRACTION, ViewPolicy
+from shards.reader.reader import SampleBatch, ShardReader
+from tokenizer.model.teacher import TeacherConfig, with_absolute_weights
+
+TOP_K = 5
+LAST = "last"
+"""Folder, in the output, of the classifier as it was after the last epoch."""
+
+_UNCROPPED_FROM = 384  # pixels a side
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Fine-tune a pretrained backbone on labelled images. Defaults: base model, 300 epochs (Table 10).
+
+    Train and val are image shards with labels. The result, the best of all epochs on val, is a classifier
+    artifact, and may itself be the --backbone of another run (intermediate fine-tuning). A killed run started
+    again with the same settings goes on from its last checkpoint; a finished one is left alone.
+    """
+
+    train: str
+    """Image shards to train on, an output of prepare_images; several with commas between them."""
+    subset: SubsetConfig = SubsetConfig()
+    """Part of the images of train instead of all: some classes, or a frozen list."""
+    output: str
+    """Where the classifier goes: a folder or any fsspec URL; last/ in it is that of the last epoch."""
+    val: str | None = None
+    """Image shards the accuracy is measured on after each epoch; null: none, the last epoch is the result."""
+    init: Literal["backbone", "scratch", "tokenizer", "teacher"] = "backbone"
+    """What it starts from: a pretrained backbone or classifier, chance, the encoder of a visual tokenizer, or
+    a teacher's own network (Table 6)."""
+    backbone: str | None = None
+    """With init backbone: an output of pretrain_mim or finetune_classifier."""
+    tokenizer: str | None = None
+    """With init tokenizer: an output of train_tokenizer."""
+    teacher: TeacherConfig = TeacherConfig()
+    """With init teacher: a network of timm or open_clip and its weights."""
+    scratch: BackboneSize = BackboneSize()
+    """With init scratch: the shape."""
+    patch_size: int = 16
+    """With init scratch or teacher: pixels a side of a patch."""
+    image_size: int | None = None
+    """Pixels a side of what the model sees, a multiple of the patch size; null: as in pretraining, or 224."""
+    pooling: Pooling = "mean"
+    """mean: a new norm of the mean of the patches, as published; cls: [CLS] after the pretrained norm."""
+    new_head: bool = False
+    """Start with a fresh head where a classifier is fine-tuned on as many classes as it has."""
+    head_init_scale: float = 0.001
+    """Factor on the first weights of a fresh head."""
+    drop_path: float = 0.1
+    """Stochastic depth of the last block."""
+    layer_decay: float = 0.65
+    """Factor on the learning rate from one block to the block below it."""
+    views: ViewPolicy = ViewPolicy(scale=(0.08, 1.0), views_per_image=0)
+    """Crops to train on; a new one of every image in every epoch."""
+    augment: AugmentConfig = AugmentConfig()
+    """What then happens to crops and labels."""
+    center_fraction: float | None = None
+    """Side of the evaluation crop over the shorter side of the image; null: 0.875 below 384 pixels, 1 from
+    there."""
+    optim: OptimConfig = OptimConfig(peak_lr=5e-4, min_lr=1e-6, warmup_epochs=20.0, clip_grad_norm=None)
+    """AdamW and its schedule; the learning rate is the head's."""
+    epochs: int = 100
+    """Passes over the training images."""
+    batch_size: int = 1024
+    """Images per optimizer step, over all workers."""
+    micro_batch_size: int | None = None
+    """Images per forward pass and worker; null takes a worker's whole share at once."""
+    precision: Precision = "auto"
+    """Compute type: auto is bf16 or fp16 on CUDA, fp32 on CPU."""
+    seed: int = 0
+    """Decides fresh weights, order and augmentation."""
+    decode_threads: int = 2
+    """Threads per worker that decode and augment."""
+    checkpoint_every_s: float = 600.0
+    """Seconds between checkpoints; one is also written at the end of each epoch, and on SIGTERM."""
+    checkpoint_keep: int = 2
+    """How many of the newest checkpoints stay, beside the best."""
+    log_every_steps: int = 10
+    """Steps between records in metrics.jsonl."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Workers that share each batch."""
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.batch_size, self.log_every_steps) < 1:
+            raise InputError("epochs, batch_size and log_every_steps must be at least 1")
+        if not 0.0 < self.layer_decay <= 1.0:
+            raise InputError(f"layer_decay is {self.layer_decay}; give more than 0, at most 1")
+        if self.center_fraction is not None and not 0.0 < self.center_fraction <= 1.0:
+            raise InputError(f"center_fraction is {self.center_fraction}; give more than 0, at most 1")
+        places = {"backbone": self.backbone, "tokenizer": self.tokenizer}
+        for name, place in places.items():
+            if (self.init == name) != (place is not None):
+                raise InputError(
+                    f"init is {self.init}, and --{name} is {place or 'not given'}; give --{name} with init "
+                    f"{name}, and with no other"
+                )
+
+
+PLACES = (
+    "train",
+    "subset",
+    "val",
+    "output",
+    "backbone",
+    "tokenizer",
+    "cluster",
+    "micro_batch_size",
+    "decode_threads",
+    "checkpoint_every_s",
+    "checkpoint_keep",
+    "log_every_steps",
+)
+"""Settings that do not decide the result, or whose meaning the fingerprints of the inputs say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """The classes that are told apart, and what val calls them."""
+
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    """By label in the training images; None where they have none."""
+    val_class_names: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuning:
+    """What every worker is told."""
+
+    config: FinetuneConfig
+    labels: Labels
+
+
+def finetune_classifier(config: FinetuneConfig) -> None:
+    """Fine-tune, or finish fine-tuning, the classifier at `config.output`."""
+    config = storage.absolute_places(config, "val", "output", "backbone", "tokenizer")
+    config = dataclasses.replace(
+        config, train=",".join(split_urls(config.train)), subset=config.subset.absolute()
+    )
+    config = dataclasses.replace(config, teacher=with_absolute_weights(config.teacher))
+    output = config.output
+    train, val = open_splits(config)
+    run = Finetuning(config=config, labels=check_labels(train, val))
+    # Built here once already: what does not fit is refused before anything is written.
+    start = _start(run)
+    _train_reader(config, train, start, Worker()).close()
+    inputs = _inputs(train, val, start)
+    finished = read_header(output, ARTIFACT) is not None
+    claimed = {"job": "finetune_classifier", "config": identity(config, PLACES), "inputs": inputs}
+    claim(output, claimed, may_change=("config.batch_size",), finished=finished)
+    if finished:
+        print(f"{output} is finished already, with the same settings and inputs: nothing to do", flush=True)
+        return
+    run_training(_train, run, config.cluster)
+    header = read_header(output, ARTIFACT)
+    assert header is not None
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in header["metrics"].items())
+    print(f"classifier {header['fingerprint'][:12]} at {output}: {figures}", flush=True)
+
+
+def _train(run: Finetuning, worker: Worker) -> None:
+    """One worker's part of the fine-tuning."""
+    config, labels = run.config, run.labels
+    output, device = config.output, worker.device
+
+    # Model and optimizer. Every rank draws the same fresh weights.
+    torch.manual_seed(config.seed)
+    dtype = resolve_precision(config.precision, device)
+    start = _start(run)
+    model = start.model.to(device)
+    optimizer = torch.optim.AdamW(
+        layerwise_groups(model, weight_decay=config.optim.weight_decay, layer_decay=config.layer_decay),
+        lr=config.optim.effective_lr(config.batch_size),
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+    )
+    scaler = grad_scaler(device, dtype)
+    cross_entropy = SoftTargetCrossEntropy()
+
+    # Data: a rank's slices of the global batches.
+    train, val = open_splits(config)
+    reader = _train_reader(config, train, start, worker)
+    steps_per_epoch = reader.steps_per_epoch
+    lr = cosine_schedule(
+        peak_lr=config.optim.effective_lr(config.batch_size),
+        min_lr=config.optim.min_lr,
+        warmup_steps=round(config.optim.warmup_epochs * steps_per_epoch),
+        total_steps=config.epochs * steps_per_epoch,
+    )
+
+    # Resume.
+    checkpoints = CheckpointStore(output, keep=config.checkpoint_keep)
+    state, metrics = TrainState(), dict[str, float]()
+    losses: list[float] = []
+    if (found := checkpoints.latest(worker)) is not None:
+        state, tensors = found
+        model.load_state_dict(tensors["model"])
+        optimizer.load_state_dict(tensors["optimizer"])
+        scaler.load_state_dict(tensors["scaler"])
+        metrics, losses = tensors["metrics"], tensors["losses"]
+    replica: nn.Module = model
+    if worker.world_size > 1:
+        replica = DistributedDataParallel(model, broadcast_buffers=False)
+
+    log = MetricsLog(output, resume_step=state.step) if worker.is_main else None
+    total = config.epochs * steps_per_epoch * config.batch_size
+    done = state.epoch * steps_per_epoch * config.batch_size + state.position
+    progress = Progress("fine-tune", total, "images", done=done) if worker.is_main else None
+    if worker.is_main:
+        print(
+            f"{reader.num_samples:,} images of {labels.num_classes:,} classes, from {start.origin['kind']}, "
+            f"{config.epochs} epochs of {steps_per_epoch} steps of {config.batch_size}, "
+            f"lr {config.optim.effective_lr(config.batch_size):.2e}, {worker.world_size} workers, "
+            f"{device}, {dtype}",
+            flush=True,
+        )
+
+    def checkpoint(epoch: int, position: int, *, wait: bool = False) -> None:
+        tensors = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "metrics": metrics,
+            "losses": losses,
+        }
+        if log is not None:
+            log.flush()
+        # Scored where an epoch ends: the best one is the first of those with the highest accuracy.
+        score = -metrics["val_top1"] if position == 0 and "val_top1" in metrics else None
+        checkpoints.save(
+            TrainState(epoch=epoch, position=position, step=step), tensors, score=score, wait=wait
+        )
+
+    def save_if_asked() -> None:
+        if worker.is_main and worker.interruption.asked:
+            checkpoint(epoch, position, wait=True)
+            worker.interruption.saved()
+
+    step, saved = state.step, time.monotonic()
+    for epoch in range(state.epoch, config.epochs):
+        position = state.position if epoch == state.epoch else 0
+        model.train()
+        for samples in reader.batches(epoch, position):
+            place = epoch * steps_per_epoch + samples.position / config.batch_size
+            set_layerwise_lr(optimizer, lr(place))
+            batch = _augmented(run, start, samples, epoch, worker)
+            # Stochastic depth is a function of the position too, so a resumed run drops the same branches.
+            torch.manual_seed(hash((config.seed, epoch, samples.position, worker.rank)))
+            share = batch.pixels.shape[0]
+            micro = config.micro_batch_size or share
+            summed = torch.zeros((), dtype=torch.float64, device=device)
+            for first in range(0, share, micro):
+                pixels, targets = batch.pixels[first : first + micro], batch.targets[first : first + micro]
+                with synchronized(replica, first + micro >= share), autocast(device, dtype):
+                    loss = cross_entropy(replica(pixels).float(), targets)
+                    # Averaged over ranks by DDP, this is the mean over the global batch, however it is cut.
+                    weight = pixels.shape[0] * worker.world_size / samples.global_size
+                    scaler.scale(loss * weight).backward()
+                summed += loss.detach() * pixels.shape[0]
+            scaler.unscale_(optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad_norm or math.inf)
+            # Looked at before every step of the weights, so that all that is ever saved is sound. Overflow in
+            # fp16 is no error: the scaler leaves such a step out.
+            figures = {"loss": float(worker.sum(summed)) / samples.global_size}
+            if not scaler.is_enabled():
+                figures["grad_norm"] = float(grad_norm)
+            require_finite(figures, step + 1, samples.keys)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            step, position = step + 1, samples.next_position
+            losses.append(figures["loss"])
+
+            last_of_epoch = position + config.batch_size > reader.num_samples
+            if step % config.log_every_steps == 0 or last_of_epoch:
+                metrics["loss"] = sum(losses) / len(losses)
+                losses = []
+                if log is not None:
+                    log.log(step, {"loss": metrics["loss"], "lr": lr(place), "grad_norm": float(grad_norm)})
+            if progress is not None:
+                progress.update(samples.global_size, epoch=epoch + 1, **metrics)
+            due = time.monotonic() - saved > config.checkpoint_every_s and not checkpoints.is_writing
+            if worker.is_main and due and not last_of_epoch:
+                checkpoint(epoch, position)
+                saved = time.monotonic()
+            save_if_asked()
+
+        if val is not None:
+            metrics |= evaluate(run, start, val, worker, save_if_asked)
+            require_finite(metrics, step, [f"all of {val.url}"])
+        checkpoints.wait_together(worker)
+        if worker.is_main:
+            assert log is not None
+            log.log(step, {"epoch": epoch + 1, **metrics}, split="epoch")
+            shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
+            print(f"epoch {epoch + 1}/{config.epochs}: {shown}", flush=True)
+            checkpoint(epoch + 1, 0)
+            saved = time.monotonic()
+
+    reader.close()
+    if worker.is_main:
+        assert log is not None and progress is not None
+        # The other ranks are done: none of them waits in a collective while this one saves.
+        about: dict[str, Any] = {
+            "steps": step,
+            "seconds": progress.elapsed_s,
+            "config": identity(config, PLACES),
+        }
+        goal, inputs = _goal(run), _inputs(train, val, start)
+        last = storage.join(output, LAST)
+        save_finetuned(
+            last, start, goal, inputs=inputs, run=about, metrics={"epoch": config.epochs, **metrics}
+        )
+        epoch = config.epochs
+        if (best := checkpoints.best()) is not None:
+            model.load_state_dict(best[1]["model"])
+            epoch, metrics = best[0].epoch, best[1]["metrics"]
+        save_finetuned(output, start, goal, inputs=inputs, run=about, metrics={"epoch": epoch, **metrics})
+        progress.close(**metrics)
+        log.close()
+        checkpoints.clear()
+
+
+def _augmented(run: Finetuning, start: Start, samples: SampleBatch, epoch: int, worker: Worker) -> MixedBatch:
+    """A rank's whole part of a batch, on the device; crops and RandAugment were the reader's.
+
+    Mixed before it is cut into micro-batches, so that the objective does not depend on their size.
+    """
+    config = run.config
+    pixels = start.model.normalize(to_device(samples.pixels, worker.device)).contiguous()
+    erase_each(pixels, samples.sample_ids, epoch, prob=config.augment.erase_prob, seed=config.seed)
+    return mix_batch(
+        pixels,
+        torch.from_numpy(samples.labels).to(worker.device),
+        run.labels.num_classes,
+        config.augment,
+        seed=config.seed,
+        epoch=epoch,
+        position=samples.position,
+        rank=worker.rank,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+def evaluate(
+    run: Finetuning, start: Start, val: Dataset, worker: Worker, after_batch: Callable[[], None]
+) -> dict[str, float]:
+    """Cross-entropy, top-1 and top-5 accuracy (shares) on the centre crops of val, shared by all ranks.
+
+    Every image counts once, however many ranks there are. With five classes or fewer, top-5 is 1.
+    """
+    sums = worker.sum(sum_scores(run, start, val, worker, after_batch))
+    loss, top1, top5, num = sums.tolist()
+    if num != val.num_samples():
+        raise RuntimeError(f"{num:.0f} of {val.num_samples()} images of {val.url} were evaluated")
+    return {"val_loss": loss / num, "val_top1": top1 / num, "val_top5": top5 / num}
+
+
+@torch.no_grad()
+def sum_scores(
+    run: Finetuning, start: Start, val: Dataset, worker: Worker, after_batch: Callable[[], None]
+) -> Tensor:
+    """Sums over a rank's part of val: [4] float64, loss, top-1 hits, top-5 hits, images."""
+    config, labels, device = run.config, run.labels, worker.device
+    dtype = resolve_precision(config.precision, device)
+    reader = _val_reader(config, val, start, worker)
+    progress = Progress("evaluate", reader.num_samples, "images") if worker.is_main else None
+    model = start.model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    for batch in reader.batches(0):
+        truth = torch.from_numpy(batch.labels)
+        truth = translate_labels(truth, labels.val_class_names, labels.class_names).to(device)
+        images = to_device(batch.pixels, device)
+        micro = config.micro_batch_size or max(1, len(truth))
+        for pixels, wanted in zip(images.split(micro), truth.split(micro), strict=True):
+            if not len(wanted):
+                continue  # a rank may have no part in the last batch
+            with autocast(device, dtype):
+                logits = model(model.normalize(pixels)).float()
+            hits = logits.topk(min(TOP_K, labels.num_classes), dim=1).indices == wanted[:, None]
+            loss = nn.functional.cross_entropy(logits, wanted, reduction="sum")
+            counts = [loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(wanted), device=device)]
+            sums += torch.stack([count.double() for count in counts])
+        if progress is not None:
+            progress.update(batch.global_size)
+        after_batch()
+    reader.close()
+    return sums
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def open_splits(config: FinetuneConfig) -> tuple[Dataset, Dataset | None]:
+    """The training and the validation images; InputError for one that is not there."""
+    train = open_corpus(config.train, "images", subset=config.subset)
+    return train, None if config.val is None else open_dataset(config.val, "images")
+
+
+def check_labels(train: Dataset, val: Dataset | None) -> Labels:
+    """The classes of the training images, after a look at all labels of both.
+
+    InputError for an empty dataset, an image without a label, a label that is out of range, and a class that
+    only val has.
+    """
+    names = train.manifest.class_names
+    found = _labels(train)
+    num_classes = int(found.max()) + 1 if names is None else len(names)
+    _check_range(train, found, num_classes)
+    if num_classes < 2:
+        raise InputError(f"all images of {train.url} are of one class; there is nothing to learn")
+    val_names = None if val is None else val.manifest.class_names
+    if val is not None:
+        found = _labels(val)
+        _check_range(val, found, num_classes if names is None or val_names is None else len(val_names))
+        translate_labels(found, val_names, names)
+    return Labels(num_classes=num_classes, class_names=names, val_class_names=val_names)
+
+
+def _labels(dataset: Dataset) -> Tensor:
+    """A label int64 [N] for every image, of which there is at least one, or InputError."""
+    found = read_labels(dataset)
+    if not len(found):
+        raise InputError(f"{dataset.url} holds no images; prepare it from a folder that has some")
+    if missing := int((found == UNLABELLED).sum()):
+        raise InputError(
+            f"{missing:,} of the {len(found):,} images of {dataset.url} have no label; prepare them from "
+            "class folders, or leave them out"
+        )
+    return found
+
+
+def _check_range(dataset: Dataset, labels: Tensor, num_classes: int) -> None:
+    for label in (int(labels.min()), int(labels.max())):
+        if not 0 <= label < num_classes:
+            raise InputError(
+                f"an image of {dataset.url} has label {label}, but there are {num_classes} classes, 0 to "
+                f"{num_classes - 1}; prepare the images again with the labels of one numbering"
+            )
+
+
+def _train_reader(config: FinetuneConfig, train: Dataset, start: Start, worker: Worker) -> ShardReader:
+    augment = None
+    if config.augment.rand_augment is not None:
+        red, green, blue = start.model.pixel_mean.flatten().tolist()
+        augment = RandAugment(config.augment.rand_augment, mean=(red, green, blue), seed=config.seed)
+    return ShardReader(
+        train,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=worker.rank,
+        world_size=worker.world_size,
+        views=config.views.resolve(start.image_size),
+        augment=augment,
+        num_threads=config.decode_threads,
+    )
+
+
+def default_center_fraction(image_size: int) -> float:
+    """Side of the evaluation crop over the shorter side of the image, where nothing else is asked for."""
+    return 1.0 if image_size >= _UNCROPPED_FROM else CENTER_FRACTION
+
+
+def _val_reader(config: FinetuneConfig, val: Dataset, start: Start, worker: Worker) -> ShardReader:
+    image_size = start.image_size
+    return ShardReader(
+        val,
+        batch_size=max(worker.world_size, min(config.batch_size, val.num_samples())),
+        rank=worker.rank,
+        world_size=worker.world_size,
+        views=ViewPolicy(image_size=image_size, interpolation=config.views.interpolation),
+        center_crop=True,
+        center_fraction=config.center_fraction or default_center_fraction(image_size),
+        shuffle=False,
+        drop_last=False,
+        num_threads=config.decode_threads,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ inside
+
+
+def _goal(run: Finetuning) -> Goal:
+    config = run.config
+    return Goal(
+        num_classes=run.labels.num_classes,
+        class_names=run.labels.class_names,
+        image_size=config.image_size,
+        pooling=config.pooling,
+        drop_path=config.drop_path,
+        head_init_scale=config.head_init_scale,
+        new_head=config.new_head,
+    )
+
+
+def _start(run: Finetuning) -> Start:
+    config, goal = run.config, _goal(run)
+    match config.init:
+        case "backbone":
+            assert config.backbone is not None
+            return from_backbone(config.backbone, goal)
+        case "scratch":
+            return from_scratch(config.scratch, goal, patch_size=config.patch_size)
+        case "tokenizer":
+            assert config.tokenizer is not None
+            return from_tokenizer(config.tokenizer, goal)
+        case "teacher":
+            return from_teacher(config.teacher, goal, patch_size=config.patch_size)
+
+
+def _inputs(train: Dataset, val: Dataset | None, start: Start) -> dict[str, str]:
+    """Fingerprints of everything that decides the result beside the settings."""
+    inputs = {"train": train.fingerprint}
+    if val is not None:
+        inputs["val"] = val.fingerprint
+    if "fingerprint" in start.origin:
+        inputs[start.origin["kind"]] = start.origin["fingerprint"]
+    return inputs

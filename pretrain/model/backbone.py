@@ -1,0 +1,388 @@
+"""The student ViT of BEiT v2 (paper §2.3, Table 9): [CLS], layer scale, one shared relative-position table.
+
+Also its artifact, `backbone.safetensors` with `backbone.json`. Parameter names are those of the published
+pretraining checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from pipeline import artifacts
+from pipeline.errors import InputError
+from tokenizer.model.vit import LAYER_NORM_EPS, Block, PatchEmbed, drop_path_rates, rescale_residual_branches
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+INIT_STD = 0.02
+INIT_TRUNCATE_AT = 0.02  # one sigma: what is drawn has a standard deviation of 0.0108 (reference.md §3)
+
+ARTIFACT = "backbone"
+WEIGHTS_FILE = "backbone.safetensors"
+
+# Tensors of a MIM model that its backbone has no use for.
+HEAD_PREFIXES = ("lm_head.", "cls_pt_")
+
+SizeName = Literal["tiny", "small", "base", "large"]
+
+# Shapes below: B images, S pixels a side, G patches a side, N = G * G patches, T = N + 1 tokens ([CLS]
+# first), D width, H heads.
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Everything that decides a backbone's tensors and what it expects to see."""
+
+    image_size: int = 224
+    """Pixels a side."""
+    patch_size: int = 16
+    """Pixels a side of a patch."""
+    width: int = 768
+    """Channels of a token."""
+    depth: int = 12
+    """Transformer blocks."""
+    heads: int = 12
+    """Attention heads."""
+    mlp_ratio: float = 4.0
+    """Hidden channels of an MLP over `width`."""
+    layer_scale_init: float = 0.1
+    """First value of the per-channel scale of every branch; 0 leaves the scales out."""
+    drop_path: float = 0.0
+    """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Per-channel mean, in [0, 1], subtracted from images."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Per-channel standard deviation by which images are then divided."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"backbone.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.image_size % self.patch_size:
+            raise InputError(
+                f"image_size {self.image_size} does not divide by patch_size {self.patch_size}; change either"
+            )
+        if self.width % self.heads:
+            raise InputError(
+                f"backbone.width {self.width} does not divide by {self.heads} heads; "
+                "change backbone.width or backbone.heads"
+            )
+        if not 0.0 <= self.drop_path < 1.0:
+            raise InputError(f"backbone.drop_path is {self.drop_path}; choose a rate from 0 up to below 1")
+        if min(self.std) <= 0.0:
+            raise InputError(f"the image std is {list(self.std)}; every channel needs a positive one")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per column and per row."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def num_patches(self) -> int:
+        """N, patches of an image."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSize:
+    """The user's part of a `BackboneConfig`: a size by name, and what should differ from it.
+
+    Image size, patch size and grid are the tokenizer's and arrive through `resolve`.
+    """
+
+    size: SizeName = "base"
+    """Width x depth x heads: tiny 192x12x3, small 384x12x6, base 768x12x12, large 1024x24x16."""
+    width: int | None = None
+    """Channels of a token; null is the named size's."""
+    depth: int | None = None
+    """Transformer blocks; null is the named size's."""
+    heads: int | None = None
+    """Attention heads; null is the named size's."""
+    layer_scale_init: float | None = None
+    """First value of the layer scales; null is 0.1, for large 1e-5 (Table 9); 0 leaves them out."""
+    drop_path: float = 0.0
+    """Stochastic depth of the last block (Table 9: 0 for 300 epochs, 0.1 for 1600)."""
+
+    def resolve(self, *, image_size: int, patch_size: int) -> BackboneConfig:
+        """The complete config for images and patches of this size; InputError when it cannot be built."""
+        match self.size:
+            case "tiny":
+                width, depth, heads, layer_scale_init = 192, 12, 3, 0.1
+            case "small":
+                width, depth, heads, layer_scale_init = 384, 12, 6, 0.1
+            case "base":
+                width, depth, heads, layer_scale_init = 768, 12, 12, 0.1
+            case "large":
+                width, depth, heads, layer_scale_init = 1024, 24, 16, 1e-5
+            case _:
+                names = ", ".join(get_args(SizeName))
+                raise InputError(f"no backbone size {self.size!r}; choose one of {names}")
+        return BackboneConfig(
+            image_size=image_size,
+            patch_size=patch_size,
+            width=width if self.width is None else self.width,
+            depth=depth if self.depth is None else self.depth,
+            heads=heads if self.heads is None else self.heads,
+            layer_scale_init=layer_scale_init if self.layer_scale_init is None else self.layer_scale_init,
+            drop_path=self.drop_path,
+        )
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a backbone makes of images, after the final norm: cls [B, D] and patches [B, N, D]."""
+
+    cls: Tensor
+    patches: Tensor
+
+
+class RelativePositionBias(nn.Module):
+    """A learned attention bias per head and displacement, shared by all blocks; zero at the start."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, grid: tuple[int, int], heads: int) -> None:
+        super().__init__()
+        index = relative_position_index(grid)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(num_displacements(grid), heads))
+        # A function of the grid, so no part of the state; exports to the official layout add it.
+        self.register_buffer("relative_position_index", index, persistent=False)
+
+    def forward(self) -> Tensor:
+        """Bias [1, H, T, T] for the attention logits, contiguous: fused kernels want a unit last stride."""
+        return gather_bias(self.relative_position_bias_table, self.relative_position_index)
+
+
+def gather_bias(table: Tensor, index: Tensor) -> Tensor:
+    """Bias [1, H, T, T] from a table [R, H] and the row of each pair of tokens, index [T, T]; contiguous."""
+    return table[index].permute(2, 0, 1).unsqueeze(0).contiguous()
+
+
+def num_displacements(grid: tuple[int, int]) -> int:
+    """Rows of a relative-position table: every displacement in the grid, and three that involve [CLS]."""
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+
+
+def relative_position_index(grid: tuple[int, int]) -> Tensor:
+    """Table row for each (query, key) pair of tokens: [T, T] int64, in the published layout.
+
+    With d = query - key, patches use row (dy + rows - 1) * (2 * columns - 1) + dx + columns - 1.
+    The last three rows are [CLS] to patch, patch to [CLS], [CLS] to itself (reference.md §3).
+    """
+    rows, columns = grid
+    patch = torch.arange(rows * columns)
+    y, x = patch // columns, patch % columns
+    dy = y[:, None] - y[None, :] + rows - 1
+    dx = x[:, None] - x[None, :] + columns - 1
+    first_special = num_displacements(grid) - 3
+    index = torch.empty(rows * columns + 1, rows * columns + 1, dtype=torch.int64)
+    index[1:, 1:] = dy * (2 * columns - 1) + dx
+    index[0, 1:] = first_special
+    index[1:, 0] = first_special + 1
+    index[0, 0] = first_special + 2
+    return index
+
+
+class Backbone(nn.Module):
+    """ViT with one relative-position table added in every block, and no absolute positions.
+
+    `MIM` extends it rather than holding it, so that its parameters keep their published, flat names.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.patch_embed = PatchEmbed(config.patch_size, 3, width)
+        self.rel_pos_bias = RelativePositionBias(config.grid, config.heads)
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                config.heads,
+                mlp_ratio=config.mlp_ratio,
+                layer_scale_init=config.layer_scale_init,
+                drop_path=rate,
+            )
+            for rate in drop_path_rates(config.drop_path, config.depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        # On the model's device, where making them anew for every batch would wait for the GPU.
+        self.register_buffer("pixel_mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
+
+        init_trunc_normal(self.cls_token)
+        init_trunc_normal(self.mask_token)
+        self.apply(init_module)
+        rescale_residual_branches(self.blocks)
+
+    def embed(self, pixels: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens [B, T, D] of normalised pixels [B, 3, S, S]; the mask token where mask [B, N] bool holds."""
+        expected = (3, self.config.image_size, self.config.image_size)
+        if pixels.shape[1:] != expected:
+            raise ValueError(
+                f"pixels are {tuple(pixels.shape[1:])} each, the backbone was built for {expected}"
+            )
+        x = self.patch_embed(pixels)
+        if mask is not None:
+            x = torch.where(mask[:, :, None], self.mask_token, x)
+        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+
+    def features(self, pixels: Tensor) -> Features:
+        """Features of normalised pixels [B, 3, S, S], nothing masked, after the final norm."""
+        x = self.norm(self.layer_outputs(pixels)[-1])
+        return Features(cls=x[:, 0], patches=x[:, 1:])
+
+    def layer_outputs(self, pixels: Tensor) -> list[Tensor]:
+        """Tokens [B, T, D] after each of the blocks, before any final norm."""
+        relative_bias = self.rel_pos_bias()
+        x = self.embed(pixels)
+        outputs: list[Tensor] = []
+        for block in self.blocks:
+            x = block(x, relative_bias)
+            outputs.append(x)
+        return outputs
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 images [B, 3, S, S] or [B, S, S, 3] -> float32 [B, 3, S, S], as in its training."""
+        return normalize_images(images, self.pixel_mean, self.pixel_std)
+
+
+def normalize_images(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 [B, 3, S, S] or [B, S, S, 3] -> float32 [B, 3, S, S]; mean and std [1, 3, 1, 1] in [0, 1]."""
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"expected a batch of uint8 images, got {images.dtype} {tuple(images.shape)}")
+    if images.shape[1] != 3:
+        images = images.permute(0, 3, 1, 2)
+    return (images.float() / 255.0 - mean) / std
+
+
+def init_trunc_normal(tensor: Tensor) -> None:
+    """Fill with a normal of std 0.02 cut at one sigma, the start of every BEiT weight.
+
+    By the inverse distribution function: torch's own draws again whatever falls outside, which at one sigma
+    took 20 s for 100 M weights, against 1 s.
+    """
+    bound = math.erf(INIT_TRUNCATE_AT / INIT_STD / math.sqrt(2.0))
+    with torch.no_grad():
+        tensor.uniform_(-bound, bound).erfinv_().mul_(INIT_STD * math.sqrt(2.0))
+        tensor.clamp_(-INIT_TRUNCATE_AT, INIT_TRUNCATE_AT)
+
+
+def init_module(module: nn.Module) -> None:
+    """Start values of one Linear or convolution: truncated normal weights, zero biases."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        init_trunc_normal(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# ------------------------------------------------------------------------------------------------ artifact
+
+
+def save_backbone(
+    url: str,
+    model: Backbone,
+    *,
+    mim: Mapping[str, Any] | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
+    run: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Publish a backbone, or a MIM model with its heads, and return the header.
+
+    mim: the `MIMConfig` as a dict, when the weights hold its heads; tokenizer: the manifest's block;
+    inputs: fingerprints of what it was trained on; run: resolved config and final figures.
+    """
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    weights = safetensors.torch.save(tensors)
+    config = dataclasses.asdict(model.config)
+    header = {
+        "kind": ARTIFACT,
+        "config": config,
+        "mim": None if mim is None else dict(mim),
+        "tokenizer": None if tokenizer is None else dict(tokenizer),
+        "inputs": dict(inputs or {}),
+        "run": dict(run or {}),
+        "fingerprint": artifacts.fingerprint({"config": config, "weights": artifacts.sha256_hex(weights)}),
+    }
+    return artifacts.publish(url, ARTIFACT, {WEIGHTS_FILE: weights}, header)
+
+
+def read_backbone_header(url: str) -> dict[str, Any]:
+    """The header that `save_backbone` wrote; InputError when there is no finished backbone at the URL."""
+    header = artifacts.read_header(url, ARTIFACT)
+    if header is None:
+        raise InputError(f"no finished backbone at {url}; give the --output of a finished pretraining run")
+    if header.get("kind") != ARTIFACT or not isinstance(header.get("config"), dict):
+        raise InputError(f"{url} holds no backbone of this project; check the URL")
+    return header
+
+
+def backbone_config(header: Mapping[str, Any]) -> BackboneConfig:
+    """The config in a header; InputError when a key is unknown or a value makes no sense."""
+    held = dict(header["config"])
+    known = {field.name for field in dataclasses.fields(BackboneConfig)}
+    if held.keys() != known:
+        names = ", ".join(sorted(held.keys() ^ known))
+        raise InputError(
+            f"the backbone's config differs from this version's in {names}; use the other version"
+        )
+    try:
+        held["mean"], held["std"] = tuple(held["mean"]), tuple(held["std"])
+        return BackboneConfig(**held)
+    except TypeError as error:
+        raise InputError(f"the backbone's config is damaged ({error}); make the backbone again") from None
+
+
+def load_backbone(url: str, device: str | torch.device = "cpu") -> Backbone:
+    """The backbone at a URL in eval mode, without the heads it was pretrained with.
+
+    Raises InputError when it is unfinished, damaged, or its tensors do not match its config.
+    """
+    header = read_backbone_header(url)
+    tensors = read_weights(url, header)
+    kept = {key: value for key, value in tensors.items() if not key.startswith(HEAD_PREFIXES)}
+    model = Backbone(backbone_config(header))
+    load_tensors(model, kept, url)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def read_weights(url: str, header: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All tensors of an artifact, checked against the header's size and hash."""
+    try:
+        return safetensors.torch.load(artifacts.read_file(url, header, WEIGHTS_FILE))
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{url}/{WEIGHTS_FILE} is damaged ({error}); make the backbone again") from None
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], url: str) -> None:
+    """Load exactly these tensors; InputError names the first that is missing, left over or misshapen."""
+    expected = model.state_dict()
+    for key in [*expected, *sorted(tensors)]:
+        ours, theirs = expected.get(key), tensors.get(key)
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            raise InputError(
+                f"{url}: {key} is {_shape(theirs)} in the weights, but {_shape(ours)} by the config; "
+                "the two do not belong together, make or import the backbone again"
+            )
+    model.load_state_dict(cast(dict[str, Any], tensors))
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else "x".join(str(size) for size in tensor.shape) or "a scalar"

@@ -1,0 +1,345 @@
+"""Several datasets read as one, or part of them: how a corpus grows, and how a subset of it stays frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.artifacts import canonical_json, differences, fingerprint, sha256_hex
+from pipeline.errors import InputError
+from shards.format.manifest import Dataset, Kind, Manifest, ShardInfo, open_dataset
+from shards.format.records import MAX_SAMPLE_ID, sample_key
+
+_READ_AT_ONCE = 16
+"""Index files that are read at the same time to find labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetConfig:
+    """Part of a dataset, frozen: samples of some classes, or a list of ids."""
+
+    labels: tuple[str, ...] | None = None
+    """Names of classes, or their numbers."""
+    ids: str | None = None
+    """A file or URL with a sample id or key per line (`42`, `0000000042-00`; `1/0000000042-00` in the second
+    of several datasets); its hash is part of the fingerprint."""
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and self.ids is not None:
+            raise InputError("give subset.labels or subset.ids, not both")
+        if self.labels == ():
+            raise InputError("subset.labels is empty; name at least one class, or leave it out")
+
+    @property
+    def is_all(self) -> bool:
+        """True where nothing is left out."""
+        return self.labels is None and self.ids is None
+
+    def absolute(self) -> SubsetConfig:
+        """The same, with the list under a name that is valid in any process."""
+        return self if self.ids is None else dataclasses.replace(self, ids=storage.absolute(self.ids))
+
+
+def namespaced_key(sample_id: int, view: int) -> str:
+    """`0000000042-00`, or `1/0000000042-00` for an id of the second of several datasets.
+
+    The ids of dataset n begin at n x 10^10. Those of the first stay as they are when others join it.
+    """
+    number, own_id = divmod(sample_id, MAX_SAMPLE_ID)
+    return sample_key(own_id, view) if number == 0 else f"{number}/{sample_key(own_id, view)}"
+
+
+def split_urls(urls: str) -> tuple[str, ...]:
+    """`a,b` -> both, absolute."""
+    return tuple(storage.absolute(url.strip()) for url in urls.split(","))
+
+
+def open_corpus(
+    urls: str,
+    kind: Kind | None = None,
+    *,
+    views: int | None = None,
+    codes: str | None = None,
+    subset: SubsetConfig | None = None,
+) -> Dataset:
+    """Open `urls`, one dataset or several with commas between them, or the subset of them.
+
+    Several must have the same tokenizer and recipe; library versions, the number of views and their seed may
+    differ. They are read with as many views as all of them have. Raises InputError where they do not belong
+    together, where a dataset stands there twice, and where the subset names what is not there.
+    """
+    places = split_urls(urls)
+    datasets = [open_dataset(url, kind, views=views, codes=codes) for url in places]
+    whole = subset is None or subset.is_all
+    if len(datasets) == 1 and whole:
+        return datasets[0]
+    fewest = min(dataset.num_views for dataset in datasets)
+    datasets = [
+        dataset if dataset.num_views == fewest else open_dataset(url, kind, views=fewest, codes=codes)
+        for url, dataset in zip(places, datasets, strict=True)
+    ]
+    _require_one_kind(datasets)
+    return Corpus(datasets, None if whole or subset is None else _chosen(datasets, subset))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Choice:
+    """The samples of a subset: namespaced ids int64 [n], ascending, and what says which they are."""
+
+    ids: np.ndarray
+    origin: dict[str, Any]
+
+
+class Corpus(Dataset):
+    """Datasets laid end to end, shard after shard, or the samples of them that were chosen.
+
+    To a reader it is one dataset. Row i of a shard's index is the i-th row that belongs to it, and sample ids
+    are namespaced. Labels are kept where all datasets have the same class names. `fingerprint` is that of the
+    list of datasets, and of the choice.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset], choice: Choice | None = None) -> None:
+        self.datasets = tuple(datasets)
+        self.choice = choice
+        self.url = ",".join(dataset.url for dataset in datasets)
+        self._firsts = np.cumsum([0, *(dataset.num_shards for dataset in datasets)])
+        self._bounds = None if choice is None else _id_bounds(datasets, choice.ids)
+        self._same_classes = len({dataset.manifest.class_names for dataset in datasets}) == 1
+        self.fingerprint = fingerprint(
+            {
+                "datasets": [dataset.fingerprint for dataset in datasets],
+                "subset": None if choice is None else choice.origin,
+            }
+        )
+        self.manifest = self._described()
+
+    def __reduce__(self) -> tuple[type[Corpus], tuple[Any, ...]]:
+        return Corpus, (self.datasets, self.choice)
+
+    @property
+    def is_remote(self) -> bool:
+        return any(dataset.is_remote for dataset in self.datasets)
+
+    @property
+    def first_views(self) -> tuple[int, ...]:
+        return self.datasets[0].first_views
+
+    def num_samples(self, view: int = 0) -> int:
+        return int(self.shard_sizes(view).sum())
+
+    def shard_sizes(self, view: int = 0) -> np.ndarray:
+        if self._bounds is None:
+            return np.concatenate([dataset.shard_sizes(view) for dataset in self.datasets])
+        return np.diff(self._bounds, axis=1)[:, 0]
+
+    def shard_bytes(self, view: int = 0) -> np.ndarray:
+        return np.concatenate([dataset.shard_bytes(view) for dataset in self.datasets])
+
+    def id_ranges(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        raise InputError(f"{self.url} is no single dataset; make another from each of its parts")
+
+    def shard(self, view: int, i: int) -> ShardInfo:
+        number = self._dataset_of(i)
+        return self.datasets[number].shard(view, i - int(self._firsts[number]))
+
+    def read_index(self, view: int, i: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of shard i that belong to the corpus, with namespaced ids."""
+        number = self._dataset_of(i)
+        dataset, local = self.datasets[number], i - int(self._firsts[number])
+        asked = None if columns is None else sorted({*columns, "sample_id"})
+        table = dataset.read_index(view, local, asked)
+        ids = table.column("sample_id").to_numpy() + number * MAX_SAMPLE_ID
+        place = table.schema.get_field_index("sample_id")
+        table = table.set_column(place, table.schema.field("sample_id"), pa.array(ids, pa.int64()))
+        if not self._same_classes and "label" in table.schema.names:
+            place = table.schema.get_field_index("label")
+            nothing = pa.nulls(table.num_rows, pa.int32())
+            table = table.set_column(place, table.schema.field("label"), nothing)
+        if self.choice is not None and self._bounds is not None:
+            first, end = self._bounds[i].tolist()
+            wanted = np.isin(ids, self.choice.ids[first:end])
+            if int(wanted.sum()) != end - first:
+                shard = dataset.shard(view, local)
+                missing = sorted(set(self.choice.ids[first:end].tolist()) - set(ids.tolist()))
+                raise InputError(
+                    f"samples {', '.join(namespaced_key(one, view) for one in missing[:4])} of the subset "
+                    f"are not in {shard.index} of shard {shard.name} (rejected, or never written); leave "
+                    "them out"
+                )
+            table = table.filter(pa.array(wanted))
+        return table if columns is None else table.select(list(columns))
+
+    def index_files(self, view: int | None = None) -> list[str]:
+        """The index files of all datasets; of a subset too, which they hold among others."""
+        return [path for dataset in self.datasets for path in dataset.index_files(view)]
+
+    def _dataset_of(self, i: int) -> int:
+        if not 0 <= i < self._firsts[-1]:
+            raise IndexError(f"shard {i} of {self._firsts[-1]}")
+        return int(np.searchsorted(self._firsts, i, side="right") - 1)
+
+    def _described(self) -> Manifest:
+        """The first one's manifest, with the counts of all and no probe: each dataset has its own."""
+        manifests = [dataset.manifest for dataset in self.datasets]
+        written = tuple(
+            int(self.shard_sizes(view).sum()) for view in range(len(manifests[0].written_per_view))
+        )
+        rejected: dict[str, int] = {}
+        for manifest in manifests:
+            for reason, count in manifest.samples_rejected.items():
+                rejected[reason] = rejected.get(reason, 0) + count
+        return dataclasses.replace(
+            manifests[0],
+            inputs={"datasets": self.fingerprint},
+            shards_per_view=int(self._firsts[-1]),
+            written_per_view=written,
+            samples_in=sum(manifest.samples_in for manifest in manifests),
+            samples_written=sum(written),
+            samples_rejected=dict(sorted(rejected.items())),
+            class_names=manifests[0].class_names if self._same_classes else None,
+            probe=(),
+        )
+
+
+# ------------------------------------------------------------------------------------------------ together
+
+
+def _require_one_kind(datasets: Sequence[Dataset]) -> None:
+    first = datasets[0]
+    for number, dataset in enumerate(datasets):
+        if any(dataset.fingerprint == other.fingerprint for other in datasets[:number]):
+            raise InputError(f"{dataset.url} stands twice in the list of datasets; name each once")
+        if dataset.kind != first.kind:
+            raise InputError(
+                f"{first.url} holds {first.kind}, {dataset.url} {dataset.kind}; read one kind at a time"
+            )
+        ours, theirs = first.manifest.tokenizer or {}, dataset.manifest.tokenizer or {}
+        if ours.get("fingerprint") != theirs.get("fingerprint"):
+            raise InputError(
+                f"{first.url} has codes of tokenizer {ours.get('fingerprint')}, {dataset.url} of "
+                f"{theirs.get('fingerprint')}; codes of two tokenizers are never mixed: precompute one of "
+                "them again, or add a code layer and choose it by --codes"
+            )
+        other = differences(_compared(first.manifest), _compared(dataset.manifest))
+        if other:
+            raise InputError(
+                f"{first.url} and {dataset.url} were made by different recipes: {'; '.join(other[:4])} "
+                "(there is the first one's); precompute one of them again"
+            )
+
+
+def _compared(manifest: Manifest) -> dict[str, Any]:
+    """What of a recipe decides which pixels and codes a sample may have; not how many, nor how fast."""
+    recipe = json.loads(canonical_json(manifest.recipe))
+    recipe.pop("libraries", None)
+    for name in ("views_per_image", "seed"):
+        recipe.get("views", {}).pop(name, None)
+    for name in ("device", "batch_size", "threads"):
+        recipe.get("encode", {}).pop(name, None)
+    return recipe
+
+
+# ------------------------------------------------------------------------------------------------ subset
+
+
+def _chosen(datasets: Sequence[Dataset], subset: SubsetConfig) -> Choice:
+    if subset.ids is not None:
+        return _listed(datasets, subset.ids)
+    assert subset.labels is not None
+    return _labelled(datasets, subset.labels)
+
+
+def _listed(datasets: Sequence[Dataset], url: str) -> Choice:
+    try:
+        data = storage.read(url)
+        lines = data.decode("ascii").split()
+        ids = np.array(sorted(_id_of(line) for line in lines), np.int64)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"there is no list of ids at {url}; check subset.ids") from None
+    except (UnicodeDecodeError, ValueError, OverflowError) as error:
+        raise InputError(f"{url} is no list of ids, one per line ({error}); check subset.ids") from None
+    if not len(ids):
+        raise InputError(f"{url} names no sample; list at least one id")
+    repeated = ids[1:][ids[1:] == ids[:-1]]
+    if len(repeated):
+        raise InputError(f"{url} names sample {repeated[0]} twice; list each once")
+    bounds = _id_bounds(datasets, ids)
+    found = int((bounds[:, 1] - bounds[:, 0]).sum())
+    if found < len(ids):
+        inside = np.zeros(len(ids), bool)
+        for first, end in bounds.tolist():
+            inside[first:end] = True
+        raise InputError(
+            f"{url} names sample {ids[~inside][0]}, which is not in {', '.join(d.url for d in datasets)}; "
+            "use the list that was made for it"
+        )
+    return Choice(ids=ids, origin={"ids": sha256_hex(data)})
+
+
+def _id_of(line: str) -> int:
+    """`42`, `0000000042-00` or `1/0000000042-00` -> the namespaced id."""
+    number, _, own = line.rpartition("/")
+    own_id = int(own.partition("-")[0])
+    if own_id < 0 or (number and own_id >= MAX_SAMPLE_ID):
+        raise ValueError(f"{line!r} is no sample")
+    return own_id + int(number or 0) * MAX_SAMPLE_ID
+
+
+def _labelled(datasets: Sequence[Dataset], labels: Sequence[str]) -> Choice:
+    """Reads the label of every sample: each index file once."""
+    parts: list[np.ndarray] = []
+    for number, dataset in enumerate(datasets):
+        wanted = _label_numbers(dataset, labels)
+
+        def ids_of(
+            i: int, dataset: Dataset = dataset, number: int = number, wanted: list[int] = wanted
+        ) -> np.ndarray:
+            table = dataset.read_index(0, i, ("sample_id", "label"))
+            found = np.isin(table.column("label").fill_null(-1).to_numpy(), wanted)
+            return table.column("sample_id").to_numpy()[found] + number * MAX_SAMPLE_ID
+
+        nonempty = np.flatnonzero(dataset.shard_sizes(0)).tolist()
+        with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+            parts += pool.map(ids_of, nonempty)
+    ids = np.sort(np.concatenate([np.empty(0, np.int64), *parts]))
+    if not len(ids):
+        raise InputError(
+            f"no sample of {', '.join(d.url for d in datasets)} is labelled {', '.join(labels)}; name others"
+        )
+    return Choice(ids=ids, origin={"labels": sorted(set(labels))})
+
+
+def _label_numbers(dataset: Dataset, labels: Sequence[str]) -> list[int]:
+    names = dataset.manifest.class_names or ()
+    numbers: list[int] = []
+    for label in labels:
+        if label in names:
+            numbers.append(names.index(label))
+        elif label.isdecimal() and (not names or int(label) < len(names)):
+            numbers.append(int(label))
+        else:
+            known = ", ".join(names[:8]) + ("…" if len(names) > 8 else "")
+            raise InputError(
+                f"{dataset.url} has no class {label} (it has {known or 'no class names'}); name one of them"
+            )
+    return numbers
+
+
+def _id_bounds(datasets: Sequence[Dataset], ids: np.ndarray) -> np.ndarray:
+    """Where the ids of each shard of the corpus begin and end among `ids`, int64 [shards, 2]."""
+    return np.concatenate([np.empty((0, 2), np.int64), *_bounds_of_each(datasets, ids)])
+
+
+def _bounds_of_each(datasets: Sequence[Dataset], ids: np.ndarray) -> Iterator[np.ndarray]:
+    for number, dataset in enumerate(datasets):
+        first_ids = np.array(dataset.id_ranges()[0], np.int64) + number * MAX_SAMPLE_ID
+        edges = np.searchsorted(ids, first_ids, side="left")
+        yield np.stack([edges[:-1], edges[1:]], axis=1).astype(np.int64)

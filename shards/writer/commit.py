@@ -1,0 +1,536 @@
+"""The write pass of a dataset: plan, work items, receipts, manifest.
+
+Objects are published under names that hold their hash; a shard exists when its receipt does, a dataset when
+its manifest does. Plan, receipts and manifest are created only if absent, so a kill between any two steps, a
+rerun, or a second driver started by mistake leaves the same bytes.
+
+    plan = start(root, Plan(...))
+    for item in pending(root, plan):          # on any number of machines
+        commit(root, plan, item, build_shard(...))
+    finish(root, plan, decode)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.artifacts import canonical_json, code_version, differences, sha256_hex
+from pipeline.errors import InputError
+from shards.format.build import BuiltShard
+from shards.format.index import FORMAT_VERSION
+from shards.format.manifest import (
+    MANIFEST,
+    Decode,
+    Manifest,
+    ProbeEntry,
+    ShardInfo,
+    TableName,
+    TableWriter,
+    check_foreign_tar,
+    probe_shard,
+    read_manifest,
+)
+from shards.format.plan import Item, Plan, items
+
+PLAN = "plan.json"
+RUN_CONFIG = "config.json"
+PROBES = 16
+CHECK_THREADS = 16
+"""So many receipts and sizes are asked for at once: at 30 ms a request, 10,000 shards take a minute."""
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+class CommitError(Exception):
+    """The pass cannot go on: shards are missing, or what was committed does not add up."""
+
+
+# ------------------------------------------------------------------------------------------------ start
+
+
+def record_run(root: str, config: dict[str, Any]) -> None:
+    """Beside the dataset, once: the settings of the run that began it, and the version of its code.
+
+    Not part of the dataset: its bytes are decided by the plan alone.
+    """
+    record = {"config": config, "code_version": code_version()}
+    storage.create(storage.join(root, RUN_CONFIG), canonical_json(record) + b"\n")
+
+
+def start(root: str, plan: Plan, *, beside: Sequence[str] = ()) -> Plan:
+    """Take `root` for this plan, or go on with the same plan that is there already.
+
+    Raises InputError where another plan is there, naming what differs, and where `root` holds other things
+    than those named in `beside` (file names relative to the root), which a caller may put there before.
+    Until the dataset is finished, every start tries to create the plan once more: a store that does not
+    refuse gets a warning, because nothing protects against a second driver there.
+    """
+    url = storage.join(root, PLAN)
+    text = plan.to_bytes()
+    held = _read_or_none(url)
+    if held is None:
+        if storage.exists(root):
+            raise InputError(f"{root} is a file; choose a folder for the output")
+        stranger = _first_stranger(root, beside)
+        # another driver may have started between the two looks
+        held = _read_or_none(url)
+        if held is None and stranger is not None:
+            raise InputError(
+                f"{root} already holds something else ({stranger}); choose another output or empty it"
+            )
+    if held is None and not storage.create(url, text):
+        held = storage.read(url)
+    begun = plan if held is None else _same_plan(root, held, plan)
+    # One byte more, so that what is there cannot be taken for this attempt's; the same JSON.
+    if not storage.exists(storage.join(root, MANIFEST)) and storage.create(url, text + b"\n"):
+        storage.put(url, text)
+        storage.warn_one_driver(url)
+    return begun
+
+
+def _first_stranger(root: str, beside: Sequence[str]) -> str | None:
+    expected = {storage.join(storage.absolute(root), name) for name in beside}
+    files = (found.url for found in storage.list_files(storage.absolute(root)))
+    for url in files:
+        # asked by name as well: a store's listing may show what is no longer there
+        if url not in expected and (storage.is_local(url) or storage.exists(url)):
+            return url
+    return None
+
+
+def _same_plan(root: str, held: bytes, plan: Plan) -> Plan:
+    if held == plan.to_bytes():
+        return plan
+    try:
+        there = json.loads(held)
+        there_plan = Plan.from_bytes(held)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"{storage.join(root, PLAN)} is not a plan of this format ({error!r}); choose another output, or "
+            "bring back the plan that was there"
+        ) from None
+    asked = json.loads(plan.to_bytes())
+    ranges = ("first_id", "range_ids", "range_samples")
+    differing = differences(_without(there, ranges), _without(asked, ranges))
+    if any(there[key] != asked[key] for key in ranges):
+        differing.append(f"id ranges: there {there_plan.ranges_in_words()}, asked {plan.ranges_in_words()}")
+    if differing:
+        shown = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
+        raise InputError(
+            f"{root} was begun with another plan, which differs in {shown}; choose another output, or "
+            "repeat the inputs and settings it was begun with"
+        )
+    return there_plan
+
+
+def _without(value: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: entry for key, entry in value.items() if key not in keys}
+
+
+# ------------------------------------------------------------------------------------------------ receipts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Receipt:
+    """The commit point of one item: its objects by place, size and hash, and its rejects by reason."""
+
+    plan: str
+    shard: ShardInfo
+    rejected: dict[str, int]
+
+    @property
+    def samples(self) -> int:
+        return self.shard.samples
+
+    def to_bytes(self) -> bytes:
+        return canonical_json({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}) + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Receipt:
+        value = json.loads(data)
+        return cls(plan=value["plan"], shard=ShardInfo(**value["shard"]), rejected=value["rejected"])
+
+
+def receipt_url(root: str, plan: Plan, item: Item) -> str:
+    return storage.join(root, "receipts", plan.plan8, f"{item.name}.json")
+
+
+def receipt(root: str, plan: Plan, item: Item) -> Receipt | None:
+    """The receipt of an item whose work is done: it exists, and so do its objects with their sizes."""
+    held = _read_receipt(root, plan, item)
+    return held if held is not None and _missing_object(root, held) is None else None
+
+
+def pending(root: str, plan: Plan) -> Iterator[Item]:
+    """The items without a good receipt, in order; many are asked for at once, few are held.
+
+    None once the manifest is there: what is finished is not looked at again, `verify` is for that.
+    """
+    if storage.exists(storage.join(root, MANIFEST)):
+        return
+    for item, held in in_order(lambda item: (item, receipt(root, plan, item)), items(plan)):
+        if held is None:
+            yield item
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Unfinished:
+    """The items without a good receipt, in order, and how many samples they hold.
+
+    `missing` has a byte for each item of the plan, where a list of items would take a hundred.
+    """
+
+    plan: Plan
+    missing: bytearray
+    num_items: int
+    samples: int
+
+    def __len__(self) -> int:
+        return self.num_items
+
+    def __iter__(self) -> Iterator[Item]:
+        return itertools.compress(items(self.plan), self.missing)
+
+
+def unfinished(root: str, plan: Plan) -> Unfinished:
+    """All that `pending` gives, counted before any of it is done."""
+    missing, num_items, samples = bytearray(plan.num_items), 0, 0
+    for item in pending(root, plan):
+        missing[(item.view - plan.first_view) * plan.num_ranges + item.number] = True
+        num_items, samples = num_items + 1, samples + item.samples
+    return Unfinished(plan=plan, missing=missing, num_items=num_items, samples=samples)
+
+
+def commit(root: str, plan: Plan, item: Item, built: BuiltShard) -> Receipt:
+    """Publish what was built for an item, then its receipt; returns the receipt that stands.
+
+    Where another attempt was first and its objects are there, that one's receipt stands and nothing of it is
+    touched; what this attempt put is left for gc.
+    """
+    mine = describe(plan, item, built)
+    put_tar(root, mine, built)
+    put_index(root, mine, built)
+    put_rejects(root, mine, built)
+    return create_receipt(root, plan, item, mine)
+
+
+def describe(plan: Plan, item: Item, built: BuiltShard) -> Receipt:
+    """The receipt that would stand for these objects. Raises CommitError where they are not this item's."""
+    _check_belongs(plan, item, built)
+    if built.foreign is not None:
+        tar, tar_bytes, tar_sha256, tar_version = (
+            built.foreign.url,
+            built.foreign.bytes,
+            None,
+            built.foreign.version,
+        )
+    elif built.pixels is not None:
+        tar, tar_bytes, tar_sha256 = built.pixels.path, built.pixels.bytes, built.pixels.sha256
+        tar_version = None
+    else:
+        assert built.tar is not None
+        tar_bytes, tar_sha256, tar_version = len(built.tar), sha256_hex(built.tar), None
+        tar = f"shards/{item.name}-{tar_sha256[:8]}.tar"
+    index_sha256 = sha256_hex(built.index)
+    rejects_sha256 = None if built.rejects is None else sha256_hex(built.rejects)
+    return Receipt(
+        plan=plan.fingerprint,
+        rejected=built.rejected,
+        shard=ShardInfo(
+            view=item.view,
+            number=item.number,
+            first_id=item.first_id,
+            end_id=item.end_id,
+            samples=built.samples,
+            rejected=sum(built.rejected.values()),
+            tar=tar,
+            tar_bytes=tar_bytes,
+            tar_sha256=tar_sha256,
+            tar_version=tar_version,
+            index=f"index/{item.name}-{index_sha256[:8]}.parquet",
+            index_bytes=len(built.index),
+            index_sha256=index_sha256,
+            rejects=None if rejects_sha256 is None else f"rejects/{item.name}-{rejects_sha256[:8]}.parquet",
+            rejects_bytes=None if built.rejects is None else len(built.rejects),
+            rejects_sha256=rejects_sha256,
+        ),
+    )
+
+
+def put_tar(root: str, mine: Receipt, built: BuiltShard) -> None:
+    """Publish the tar; one that was indexed in place stays where it is."""
+    if built.tar is not None:
+        storage.put(storage.join(root, mine.shard.tar), built.tar)
+
+
+def put_index(root: str, mine: Receipt, built: BuiltShard) -> None:
+    """Publish the index."""
+    storage.put(storage.join(root, mine.shard.index), built.index)
+
+
+def put_rejects(root: str, mine: Receipt, built: BuiltShard) -> None:
+    """Publish the rejects, where there are any."""
+    if mine.shard.rejects is not None and built.rejects is not None:
+        storage.put(storage.join(root, mine.shard.rejects), built.rejects)
+
+
+def create_receipt(root: str, plan: Plan, item: Item, mine: Receipt) -> Receipt:
+    """Create the receipt, unless one stands already; returns the one that stands.
+
+    A receipt whose objects are gone cannot stand: the rerun's, whose objects are there, replaces it.
+    """
+    url = receipt_url(root, plan, item)
+    if storage.create(url, mine.to_bytes()):
+        return mine
+    held = receipt(root, plan, item)
+    if held is not None:
+        return held
+    storage.put(url, mine.to_bytes())
+    return mine
+
+
+def _check_belongs(plan: Plan, item: Item, built: BuiltShard) -> None:
+    ids = np.concatenate([built.sample_ids, built.rejected_ids])
+    if len(ids) != item.samples:
+        raise CommitError(
+            f"{item.name}: {len(ids)} samples written or rejected, the plan says {item.samples}"
+        )
+    if len(ids) and (ids.min() < item.first_id or ids.max() >= item.end_id):
+        raise CommitError(
+            f"{item.name}: ids {ids.min()} to {ids.max()} are not in [{item.first_id}, {item.end_id})"
+        )
+    if built.view not in (None, item.view):
+        raise CommitError(f"{item.name}: the samples are of view {built.view}")
+    tokenizer = plan.header.get("tokenizer")
+    expected = None if tokenizer is None else (*tokenizer["grid"], tokenizer["codebook_size"])
+    given = None if built.grid is None else (*built.grid, built.codebook_size)
+    if given != expected:
+        raise CommitError(
+            f"{item.name}: built with grid and codebook {given}, the plan's tokenizer says {expected}"
+        )
+
+
+def _read_receipt(root: str, plan: Plan, item: Item) -> Receipt | None:
+    """None where there is none, or one that is not this item's: what cannot be read vouches for nothing.
+
+    Such a one is named in a warning, and the item done again.
+    """
+    url = receipt_url(root, plan, item)
+    data = _read_or_none(url)
+    if data is None:
+        return None
+    try:
+        held = Receipt.from_bytes(data)
+        if _belongs(held, plan, item):
+            return held
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    warnings.warn(f"{url} is not the receipt of {item.name} in this plan; it does not count", stacklevel=2)
+    return None
+
+
+def _belongs(held: Receipt, plan: Plan, item: Item) -> bool:
+    """Whether a receipt is of this item, and its objects have the names that their hashes give them."""
+    shard = held.shard
+    theirs = (held.plan, shard.view, shard.number, shard.first_id, shard.end_id)
+    own_tar = plan.kind == "tokens" or (plan.kind == "images" and not shard.is_foreign)
+    return (
+        theirs == (plan.fingerprint, item.view, item.number, item.first_id, item.end_id)
+        and shard.index == f"index/{item.name}-{shard.index_sha256[:8]}.parquet"
+        and (not own_tar or shard.tar == f"shards/{item.name}-{(shard.tar_sha256 or '')[:8]}.tar")
+        and shard.rejects
+        == (shard.rejects_sha256 and f"rejects/{item.name}-{shard.rejects_sha256[:8]}.parquet")
+    )
+
+
+def _missing_object(root: str, held: Receipt) -> str | None:
+    """The URL of an object that a receipt names and that is absent or has another size."""
+    shard = held.shard.resolved(root)
+    objects: list[tuple[str, int | None]] = [(shard.index, shard.index_bytes)]
+    if not shard.is_foreign:
+        objects.append((shard.tar, shard.tar_bytes))
+    if shard.rejects is not None:
+        objects.append((shard.rejects, shard.rejects_bytes))
+    for url, num_bytes in objects:
+        found = storage.stat(url)
+        if found is None or found.bytes != num_bytes:
+            return url
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ finish
+
+
+def finish(root: str, plan: Plan, decode: Decode) -> Manifest:
+    """Check every receipt and object, then write the shard table and, last, the manifest.
+
+    `decode` turns a stored image into pixels, for the decode probe. Memory does not grow with samples, and
+    with shards only by the 80 bytes of a table row. Raises CommitError naming shards that are not done or do
+    not add up, InputError where a foreign tar has changed or another plan was finished here. Finishing twice
+    gives the same manifest.
+    """
+    root = storage.absolute(root)
+    if storage.exists(storage.join(root, MANIFEST)):
+        return _finished_by(root, plan)
+    summary = collect(root, plan)
+    manifest = manifest_of(plan, summary, probes(root, plan, summary, decode))
+    put_table(root, manifest.table, summary.table)
+    return create_manifest(root, plan, manifest)
+
+
+def probes(root: str, plan: Plan, summary: Summary, decode: Decode) -> list[ProbeEntry]:
+    """The decode probe of a complete pass; a code layer has none, the manifest of its pixels does."""
+    chosen = summary.probed if plan.kind != "codes" else []
+    return [entry for shard, rows in chosen for entry in probe_shard(shard.resolved(root), rows, decode)]
+
+
+def manifest_of(plan: Plan, summary: Summary, probe: Sequence[ProbeEntry]) -> Manifest:
+    """The manifest that follows from a plan and what its pass added up to."""
+    table_sha256 = sha256_hex(summary.table)
+    described = {"inputs": plan.inputs, "recipe": plan.recipe, "header": plan.header}
+    described = json.loads(canonical_json(described))
+    header = described["header"]
+    class_names = header.get("class_names")
+    return Manifest(
+        kind=plan.kind,
+        plan=plan.fingerprint,
+        inputs=described["inputs"],
+        recipe=described["recipe"],
+        first_view=plan.first_view,
+        shards_per_view=plan.num_ranges,
+        written_per_view=tuple(summary.written_per_view),
+        samples_in=summary.samples_in,
+        samples_written=sum(summary.written_per_view),
+        samples_rejected=summary.rejected,
+        class_names=None if class_names is None else tuple(class_names),
+        tokenizer=header.get("tokenizer"),
+        details=_without(header, ("class_names", "tokenizer")),
+        probe=tuple(probe),
+        table=TableName(
+            path=f"manifest-{table_sha256[:8]}.parquet", bytes=len(summary.table), sha256=table_sha256
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """What the receipts of a complete pass add up to; `probed` are shards with the rows to decode."""
+
+    table: bytes
+    written_per_view: list[int]
+    samples_in: int
+    rejected: dict[str, int]
+    probed: list[tuple[ShardInfo, list[int]]]
+
+
+def collect(root: str, plan: Plan, *, objects: bool = True) -> Summary:
+    """Read every receipt by its expected name and, unless told otherwise, ask for every object it names."""
+    look = receipt if objects else _read_receipt
+    writer = TableWriter()
+    written = [0] * plan.views
+    rejected: Counter[str] = Counter()
+    samples_in = 0
+    undone: list[str] = []
+    num_undone = 0
+    probed: list[tuple[ShardInfo, list[int]]] = []
+    foreign = ""
+    probe_positions = _probe_positions(plan.num_items)
+    for position, (item, held) in enumerate(
+        in_order(lambda item: (item, look(root, plan, item)), items(plan))
+    ):
+        if held is None:
+            num_undone += 1
+            undone = [*undone, item.name][:5]
+            continue
+        shard = held.shard
+        if shard.samples + sum(held.rejected.values()) != item.samples:
+            raise CommitError(
+                f"{item.name}: {shard.samples} written and {sum(held.rejected.values())} rejected, "
+                f"but {item.samples} were read"
+            )
+        if objects and shard.is_foreign and shard.tar != foreign:  # ranges of one tar follow each other
+            check_foreign_tar(shard)
+            foreign = shard.tar
+        writer.append(shard)
+        written[item.view - plan.first_view] += shard.samples
+        rejected.update(held.rejected)
+        samples_in += item.samples
+        rows = sorted({int(part * shard.samples) for part in probe_positions.get(position, ())})
+        if rows and shard.samples:
+            probed.append((shard, rows))
+    if num_undone:
+        raise CommitError(
+            f"{num_undone} of {plan.num_items} shards of {root} are not done ({', '.join(undone)}"
+            f"{', …' if num_undone > len(undone) else ''}); run the same command again to do what is missing"
+        )
+    return Summary(
+        table=writer.finish(),
+        written_per_view=written,
+        samples_in=samples_in,
+        rejected=dict(sorted(rejected.items())),
+        probed=probed,
+    )
+
+
+def put_table(root: str, table: TableName, data: bytes) -> None:
+    """Publish the shard table under its hash name."""
+    storage.put(storage.join(root, table.path), data)
+
+
+def create_manifest(root: str, plan: Plan, manifest: Manifest) -> Manifest:
+    """Create the manifest, or agree with the one that another driver of the same plan created first."""
+    if storage.create(storage.join(root, MANIFEST), manifest.to_bytes()):
+        return manifest
+    return _finished_by(root, plan)
+
+
+def _finished_by(root: str, plan: Plan) -> Manifest:
+    manifest = read_manifest(root)
+    if manifest.plan != plan.fingerprint:
+        raise InputError(
+            f"{root} was finished with another plan, {manifest.plan[:8]} instead of {plan.plan8}; "
+            "choose another output"
+        )
+    return manifest
+
+
+def _probe_positions(num_items: int) -> dict[int, list[float]]:
+    """Item -> fractions of its samples, spread evenly over all items: 16 places in all."""
+    places: dict[int, list[float]] = {}
+    for probe in range(PROBES):
+        number, rest = divmod(probe * num_items, PROBES)
+        places.setdefault(number, []).append(rest / PROBES)
+    return places
+
+
+def in_order(
+    function: Callable[[_In], _Out], values: Iterable[_In], num_threads: int = CHECK_THREADS
+) -> Iterator[_Out]:
+    """Results in the order of `values`, computed by a few threads that run a little ahead."""
+    with ThreadPoolExecutor(num_threads) as pool:
+        ahead: deque[Future[_Out]] = deque()
+        for value in values:
+            ahead.append(pool.submit(function, value))
+            if len(ahead) > 4 * num_threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _read_or_none(url: str) -> bytes | None:
+    try:
+        return storage.read(url)
+    except (FileNotFoundError, NotADirectoryError):
+        return None

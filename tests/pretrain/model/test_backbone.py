@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pipeline.errors import InputError
+from pretrain.model.backbone import (
+    Backbone,
+    BackboneConfig,
+    BackboneSize,
+    load_backbone,
+    read_backbone_header,
+    relative_position_index,
+    save_backbone,
+)
+from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig, load_mim, mim_header
+
+CONFIG = BackboneConfig(image_size=24, patch_size=4, width=32, depth=3, heads=4)
+
+
+def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The same model with every parameter moved, so that nothing is hidden by a zero or a one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def build_mim(layer: int | None = 2, *, share: bool = True) -> MIM:
+    aggregation = PatchAggregationConfig(layer=layer, share_mim_head=share)
+    model = MIM(CONFIG, MIMConfig(patch_aggregation=aggregation), codebook_size=16)
+    shaken(model)
+    return model
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (3, 5), (14, 14)])
+def test_relative_position_index_is_the_published_layout(grid):
+    rows, columns = grid
+    index = relative_position_index(grid)
+    last = (2 * rows - 1) * (2 * columns - 1) + 2
+    assert index[0, 0] == last
+    assert (index[0, 1:] == last - 2).all() and (index[1:, 0] == last - 1).all()
+    for query in range(rows * columns):
+        for key in range(0, rows * columns, max(1, columns - 2)):
+            dy = query // columns - key // columns
+            dx = query % columns - key % columns
+            row = (dy + rows - 1) * (2 * columns - 1) + dx + columns - 1
+            assert index[1 + query, 1 + key] == row
+    # Every displacement occurs, so no table row is dead.
+    assert len(index.unique()) == last + 1
+
+
+def test_features_are_timms_with_a_shared_table():
+    from timm.models.beit import Beit
+
+    theirs = Beit(
+        img_size=24, patch_size=4, embed_dim=32, depth=3, num_heads=4, init_values=0.1, num_classes=0,
+        use_abs_pos_emb=False, use_shared_rel_pos_bias=True, global_pool="token",
+    ).eval()  # fmt: skip
+    model = Backbone(CONFIG).eval()
+    shaken(model)
+    found = theirs.load_state_dict(model.state_dict(), strict=False)
+    assert found.unexpected_keys == ["mask_token"]
+    assert [key for key in found.missing_keys if "k_bias" not in key and "index" not in key] == []
+
+    pixels = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        features = model.features(pixels)
+        expected = theirs.forward_features(pixels)
+    torch.testing.assert_close(features.cls, expected[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features.patches, expected[:, 1:], rtol=1e-5, atol=1e-5)
+
+
+def test_attention_matches_the_written_out_formula_and_the_bias_learns():
+    """Block by block against softmax(q k / sqrt(d) + bias) v, and the same bias in every block."""
+    model = Backbone(CONFIG).eval()
+    shaken(model)
+    pixels = torch.randn(2, 3, 24, 24)
+    table = model.rel_pos_bias.relative_position_bias_table
+    bias = table[relative_position_index(CONFIG.grid)].permute(2, 0, 1)
+    x = model.embed(pixels)
+    for block, output in zip(model.blocks, model.layer_outputs(pixels), strict=True):
+        weights = dict(block.named_parameters())
+        inner = torch.cat([weights["attn.q_bias"], torch.zeros(32), weights["attn.v_bias"]])
+        qkv = block.norm1(x) @ weights["attn.qkv.weight"].T + inner
+        q, k, v = (part.view(2, -1, 4, 8).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+        attention = (q * 8**-0.5 @ k.transpose(-2, -1) + bias).softmax(dim=-1)
+        mixed = (attention @ v).transpose(1, 2).flatten(2)
+        x = x + weights["gamma_1"] * (mixed @ weights["attn.proj.weight"].T + weights["attn.proj.bias"])
+        x = x + weights["gamma_2"] * block.mlp(block.norm2(x))
+        torch.testing.assert_close(output, x, rtol=1e-4, atol=1e-5)
+
+    features = model.features(pixels)
+    (features.cls.square().sum() + features.patches.square().sum()).backward()
+    assert table.grad is not None and (table.grad.abs().sum(dim=1) > 0).all()
+
+
+def test_mask_token_replaces_masked_patches_and_nothing_else():
+    model = Backbone(CONFIG)
+    shaken(model)
+    pixels = torch.randn(2, 3, 24, 24)
+    mask = torch.rand(2, 36, generator=torch.Generator().manual_seed(1)) < 0.4
+    plain, masked = model.embed(pixels), model.embed(pixels, mask)
+    torch.testing.assert_close(masked[:, 0], plain[:, 0], rtol=0, atol=0)
+    torch.testing.assert_close(masked[:, 1:][~mask], plain[:, 1:][~mask], rtol=0, atol=0)
+    token = model.mask_token.reshape(1, -1).expand(int(mask.sum()), -1)
+    torch.testing.assert_close(masked[:, 1:][mask], token, rtol=0, atol=0)
+
+
+def test_start_values_are_normal_cut_at_one_sigma():
+    torch.manual_seed(0)
+    model = Backbone(BackboneConfig(image_size=32, patch_size=8, width=256, depth=4, heads=4))
+    rescaled = {"attn.proj.weight", "mlp.fc2.weight"}
+    checked = 0
+    for name, value in model.named_parameters():
+        scale = 1.0
+        if name.startswith("blocks.") and name.split(".", 2)[2] in rescaled:
+            scale = (2.0 * (int(name.split(".")[1]) + 1)) ** -0.5
+        if "norm" in name and name.endswith("weight"):
+            assert (value == 1).all(), name
+        elif "gamma" in name:
+            assert (value == 0.1).all(), name
+        elif name.endswith(("bias", "bias_table")):
+            assert (value == 0).all(), name
+        else:
+            assert value.abs().max() <= 0.02 * scale * (1 + 1e-6), name
+            if value.numel() > 10_000:
+                assert value.std().item() == pytest.approx(0.0108 * scale, rel=0.02), name
+                assert abs(value.mean().item()) < 5e-4 * scale, name
+                # A cut normal has P(|x| < sigma / 2) = erf(0.5 / sqrt 2) / erf(1 / sqrt 2); a uniform, half.
+                inner = (value.abs() < 0.01 * scale).float().mean().item()
+                assert inner == pytest.approx(0.5609, abs=0.015), name
+                checked += 1
+    assert checked == 4 * 4 + 1
+
+
+def test_drop_path_grows_with_depth_and_acts_in_training_only():
+    model = Backbone(BackboneConfig(image_size=8, patch_size=4, width=8, depth=5, heads=2, drop_path=0.4))
+    assert [block.drop_path for block in model.blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    shaken(model)
+    pixels = torch.randn(64, 3, 8, 8)
+    first, second = model.train().features(pixels), model.features(pixels)
+    assert not torch.equal(first.cls, second.cls)
+    first, second = model.eval().features(pixels), model.features(pixels)
+    assert torch.equal(first.cls, second.cls)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [("tiny", (192, 12, 3)), ("small", (384, 12, 6)), ("base", (768, 12, 12)), ("large", (1024, 24, 16))],
+)
+def test_named_sizes(size, shape):
+    config = BackboneSize(size=size).resolve(image_size=224, patch_size=16)
+    assert (config.width, config.depth, config.heads) == shape
+    assert config.layer_scale_init == (1e-5 if size == "large" else 0.1)
+    assert config.grid == (14, 14) and config.num_patches == 196
+
+    other = BackboneSize(size=size, width=96, depth=4, heads=3, layer_scale_init=0.0, drop_path=0.1)
+    config = other.resolve(image_size=112, patch_size=8)
+    assert (config.width, config.depth, config.heads) == (96, 4, 3)
+    assert (config.layer_scale_init, config.drop_path) == (0.0, 0.1)
+    assert not any("gamma" in name for name, _ in Backbone(config).named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"image_size": 30, "patch_size": 8}, "image_size"),
+        ({"width": 100, "heads": 12}, "heads"),
+        ({"depth": 0}, "depth"),
+        ({"drop_path": 1.0}, "drop_path"),
+        ({"std": (0.2, 0.0, 0.2)}, "std"),
+    ],
+)
+def test_impossible_configs_are_refused(change, named):
+    with pytest.raises(InputError, match=named):
+        BackboneConfig(**change)
+
+
+def test_an_unknown_size_is_refused():
+    with pytest.raises(InputError, match="tiny, small, base, large"):
+        BackboneSize(size="huge").resolve(image_size=224, patch_size=16)  # type: ignore[arg-type]
+
+
+def test_pixels_of_another_size_are_an_error():
+    with pytest.raises(ValueError, match="24"):
+        Backbone(CONFIG).features(torch.zeros(1, 3, 32, 32))
+
+
+def test_images_are_normalised_from_either_layout():
+    images = torch.randint(
+        0, 256, (2, 5, 5, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 1.0)
+    model = Backbone(
+        BackboneConfig(image_size=8, patch_size=4, width=8, depth=1, heads=1, mean=mean, std=std)
+    )
+    expected = (images.numpy() / 255.0 - np.array(mean)) / np.array(std)
+    for layout in (images, images.permute(0, 3, 1, 2)):
+        normalised = model.normalize(layout)
+        assert normalised.dtype == torch.float32 and normalised.shape == (2, 3, 5, 5)
+        np.testing.assert_allclose(normalised.permute(0, 2, 3, 1).numpy(), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="uint8"):
+        model.normalize(images.float())
+
+
+# ------------------------------------------------------------------------------------------------ artifact
+
+
+@pytest.mark.parametrize("layer", [2, None])
+def test_saved_and_loaded_is_the_same(tmp_path: Path, layer: int | None):
+    model = build_mim(layer).eval()
+    url = str(tmp_path / "out")
+    said = {"tokenizer": {"fingerprint": "f00"}, "inputs": {"shards": "abc"}, "run": {"seed": 1}}
+    header = save_backbone(url, model, mim=mim_header(model), **said)
+    assert read_backbone_header(url) == json.loads(json.dumps(header))
+    assert {key: header[key] for key in said} == said
+    assert list(header["config"]["std"]) == [0.229, 0.224, 0.225]
+
+    loaded = load_backbone(url)
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert not any(key.startswith(("lm_head", "cls_pt")) for key in loaded.state_dict())
+    pixels = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        assert torch.equal(loaded.features(pixels).patches, model.features(pixels).patches)
+        mask = torch.zeros(2, 36, dtype=torch.bool)
+        mask[:, ::3] = True
+        whole, expected = load_mim(url)(pixels, mask), model(pixels, mask)
+    assert torch.equal(whole.logits, expected.logits)
+    if layer is None:
+        assert whole.logits_cls is None
+    else:
+        assert torch.equal(whole.logits_cls, expected.logits_cls)
+
+
+def test_fingerprint_follows_the_weights(tmp_path: Path):
+    model = build_mim()
+    first = save_backbone(str(tmp_path / "a"), model)["fingerprint"]
+    assert save_backbone(str(tmp_path / "b"), model)["fingerprint"] == first
+    with torch.no_grad():
+        model.norm.bias[0] += 1e-3
+    assert save_backbone(str(tmp_path / "c"), model)["fingerprint"] != first
+
+
+def test_a_backbone_alone_has_no_heads_to_load(tmp_path: Path):
+    save_backbone(str(tmp_path), Backbone(CONFIG))
+    assert isinstance(load_backbone(str(tmp_path)), Backbone)
+    with pytest.raises(InputError, match="no pretraining heads"):
+        load_mim(str(tmp_path))
+
+
+def test_an_absent_or_unfinished_artifact_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match="no finished backbone"):
+        load_backbone(str(tmp_path))
+    save_backbone(str(tmp_path), Backbone(CONFIG))
+    (tmp_path / "backbone.json").unlink()
+    with pytest.raises(InputError, match="no finished backbone"):
+        load_backbone(str(tmp_path))
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "backbone.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def _flip_a_bit(folder: Path) -> None:
+    path = folder / "backbone.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def _remove(folder: Path) -> None:
+    (folder / "backbone.safetensors").unlink()
+
+
+def _edit_header(folder: Path, key: str, value: object) -> None:
+    path = folder / "backbone.json"
+    header = json.loads(path.read_text())
+    header["config"][key] = value
+    path.write_text(json.dumps(header))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (_truncate, "backbone.safetensors"),
+        (_flip_a_bit, "backbone.safetensors"),
+        (_remove, "backbone.safetensors"),
+        (lambda folder: (folder / "backbone.json").write_text("{"), "backbone.json"),
+        (lambda folder: _edit_header(folder, "width", 64), r"cls_token is 1x1x32 in the weights, but 1x1x64"),
+        (lambda folder: _edit_header(folder, "depth", 4), r"blocks\.3\.gamma_1 is absent in the weights"),
+        (lambda folder: _edit_header(folder, "depth", 2), r"blocks\.2\.attn\.proj\.bias is .* but absent"),
+        (lambda folder: _edit_header(folder, "width", "wide"), "damaged"),
+        (lambda folder: _edit_header(folder, "colour", 1), "colour"),
+    ],
+)
+def test_a_damaged_or_inconsistent_artifact_is_refused(tmp_path: Path, damage, named):
+    save_backbone(str(tmp_path), Backbone(CONFIG))
+    damage(tmp_path)
+    with pytest.raises(InputError, match=named):
+        load_backbone(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("inventory", "size", "layer"),
+    [
+        ("keys_beit_base_patch16_224_8k_vocab_cls_pt", "base", 9),
+        ("keys_beit_base_patch16_224_8k_vocab", "base", None),
+        ("keys_beit_large_patch16_224_8k_vocab_cls_pt", "large", 21),
+    ],
+)
+def test_state_dict_has_the_published_keys_and_shapes(shared_dir: Path, monkeypatch, inventory, size, layer):
+    # Shapes need no storage; rates are numbers, which tensors without storage cannot give.
+    for module in ("backbone", "mim"):
+        monkeypatch.setattr(f"pretrain.{module}.drop_path_rates", lambda rate, depth: [rate] * depth)
+    keys = json.loads((shared_dir / "reference" / f"{inventory}.json").read_text())["keys"]
+    config = BackboneSize(size=size).resolve(image_size=224, patch_size=16)
+    with torch.device("meta"):
+        model = MIM(config, MIMConfig(patch_aggregation=PatchAggregationConfig(layer=layer)), 8192)
+    ours = {key: list(value.shape) for key, value in model.state_dict().items()}
+    buffers = {key for key, value in keys.items() if value["kind"] == "buffer"}
+    assert buffers == {"rel_pos_bias.relative_position_index"}
+    assert ours == {key: value["shape"] for key, value in keys.items() if key not in buffers}
+    assert {key for key, _ in model.named_parameters()} == ours.keys()

@@ -1,0 +1,377 @@
+"""Verification: a sound dataset passes, and whatever is damaged, or written wrongly, is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline import storage
+from pipeline.artifacts import canonical_json
+from pipeline.errors import InputError
+from shards.format.build import BuiltShard, ForeignTar, build_shard
+from shards.format.index import read_index, write_rejects, write_table
+from shards.format.manifest import Manifest, open_dataset, open_table
+from shards.format.plan import Plan, items
+from shards.format.records import RejectedSample, StoredSample
+from shards.format.tar import build_tar, iter_members
+from shards.pixels.decode import DecodeConfig, decode_recipe
+from shards.pixels.views import CropBox, Jitter, decode_crop, encode_crop
+from shards.upkeep.verify import Verification, verify_dataset
+from shards.writer.commit import commit, finish, receipt_url, start
+
+Written = Any  # of conftest
+
+
+def objects(root: str) -> list[Path]:
+    """Every object that a manifest of the dataset vouches for, and the manifests."""
+    return sorted(path for path in Path(root).rglob("*") if path.is_file() and path.name != "config.json")
+
+
+def named(found: Verification) -> set[str]:
+    return {problem.object for problem in found.problems}
+
+
+def test_sound_datasets_pass_and_everything_is_counted(written_once: Written) -> None:
+    images = verify_dataset(written_once.images)
+    assert images.sound and not images.notes
+    total = images.total
+    assert (total.shards, total.samples, total.decoded) == (3, 13, 13)
+    assert sum(total.rejected.values()) == 1
+    # three tars, indexes and receipts, and one list of rejects
+    assert total.objects == 10
+    shards = [path for path in objects(written_once.images) if path.parent.name != "images"]
+    assert total.bytes == sum(path.stat().st_size for path in shards)
+
+    tokens = verify_dataset(written_once.tokens)
+    assert tokens.sound and not tokens.notes
+    assert [part.kind for part in tokens.parts] == ["base", "views", "codes", "codes"]
+    assert (tokens.total.shards, tokens.total.samples) == (18, 72)
+    assert tokens.total.rejected == {"too_large": 3}
+    assert tokens.total.decoded == 36
+
+
+def test_every_damaged_object_is_found(written: Written) -> None:
+    """Each object in turn: missing, empty, cut by a byte, one bit flipped, foreign of the same size."""
+    rng = np.random.default_rng(0)
+    for root in (written.images, written.tokens):
+        for path in objects(root):
+            data = path.read_bytes()
+            flipped = bytearray(data)
+            flipped[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+            foreign = rng.integers(0, 256, len(data), np.uint8).tobytes()
+            for damage in rng.permutation(5)[: 2 if root == written.images else 1]:
+                unfinished = damage == 0 and path.name == "manifest.json"
+                if unfinished:
+                    continue  # what has no manifest is unfinished, which is another answer
+                if damage == 0:
+                    path.unlink()
+                else:
+                    path.write_bytes([b"", data[:-1], bytes(flipped), foreign][damage - 1])
+                found = verify_dataset(root, sample=0)
+                assert str(path) in named(found), (path, damage)
+                path.write_bytes(data)
+
+
+def test_a_dataset_without_manifest_is_unfinished_and_a_part_is_noted(written: Written) -> None:
+    part = Path(written.parts()[1])
+    (part / "manifest.json").unlink()
+    found = verify_dataset(written.tokens, sample=0)
+    assert any(str(part) in note and "unfinished" in note for note in found.notes)
+    (Path(written.tokens) / "manifest.json").unlink()
+    with pytest.raises(InputError, match="is unfinished"):
+        verify_dataset(written.tokens)
+    with pytest.raises(InputError, match="there is no dataset"):
+        verify_dataset(str(Path(written.tokens).parent / "nowhere"))
+
+
+def swap(one: Path, other: Path) -> None:
+    mine = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(mine)
+
+
+@pytest.mark.parametrize("folder", ["shards", "index", "receipts"])
+def test_swapped_objects_are_both_found_and_say_so(written: Written, folder: str) -> None:
+    first, *_, last = sorted(path for path in (Path(written.tokens) / folder).rglob("v*"))
+    swap(first, last)
+    found = verify_dataset(written.tokens, sample=0)
+    # readers of a code layer need the base's tars and indexes, but the layer's own objects are as they were
+    assert named(found) == {str(first), str(last)}
+    if folder != "receipts":
+        [mine] = [problem for problem in found.problems if problem.object == str(first)]
+        assert str(last) in mine.what
+
+
+def test_strangers_are_noted_and_harm_nobody(written: Written) -> None:
+    for name in ("README.txt", "shards/v00-00000-00000000.tar", "more/v02/index/x", "receipts/x.json"):
+        (Path(written.tokens) / name).write_bytes(b"x")
+    found = verify_dataset(written.tokens, sample=0)
+    assert found.sound and len(found.notes) == 4
+
+
+def test_a_second_look_reads_only_what_had_problems(written: Written) -> None:
+    tar = Path(open_dataset(written.images).shard(0, 1).tar)
+    data = tar.read_bytes()
+    tar.write_bytes(data[:-1])
+    first = verify_dataset(written.images)
+    assert first.total.shards == 2
+    tar.write_bytes(data)
+    untouched = Path(open_dataset(written.images).shard(0, 0).tar)
+    untouched.unlink()
+    again = verify_dataset(written.images, after=first)
+    assert again.sound and (again.total.shards, again.total.samples) == (3, 13)
+
+
+# ------------------------------------------------------------------------ written wrongly, hashes right
+
+
+def write_wrong(
+    root: str,
+    written: Written,
+    change: Callable[[BuiltShard, Plan], BuiltShard],
+    changed_plan: Callable[[Plan], Plan] = lambda plan: plan,
+) -> Verification:
+    """The token dataset once more, its first shard changed after it was built; then verified."""
+    source = open_table(written.tokens)
+    plan = changed_plan(Plan.from_bytes((Path(written.tokens) / "plan.json").read_bytes()))
+    start(root, plan)
+    for item in items(plan):
+        shard = source.shard(item.view, item.number)
+        index = read_index(storage.read(shard.index))
+        rejects = None if shard.rejects is None else storage.read(shard.rejects)
+        ids = index.column("sample_id").to_numpy()
+        others = np.setdiff1d(np.arange(item.first_id, item.end_id), ids)
+        built = BuiltShard(
+            tar=storage.read(shard.tar),
+            foreign=None,
+            index=storage.read(shard.index),
+            rejects=rejects,
+            grid=(2, 2),
+            codebook_size=64,
+            view=item.view,
+            samples=shard.samples,
+            rejected={} if rejects is None else {"too_large": 1},
+            sample_ids=ids,
+            rejected_ids=others[: shard.rejected],
+        )
+        if (item.view, item.number) == (0, 0):
+            built = change(built, plan)
+        commit(root, plan, item, built)
+    with pytest.MonkeyPatch.context() as patch:  # the write pass would find out with its probe
+        patch.setattr("shards.writer.commit.probe_shard", lambda shard, rows, decode: [])
+        finish(root, plan, decode_crop)
+    return verify_dataset(root)
+
+
+def index_with(built: BuiltShard, column: str, change: Callable[[list[Any]], list[Any]]) -> BuiltShard:
+    table = read_index(built.index)
+    place = table.schema.get_field_index(column)
+    values = pa.array(change(table.column(column).to_pylist()), table.schema.field(column).type)
+    table = table.set_column(place, table.schema.field(place), values)
+    return dataclasses.replace(built, index=write_table(table))
+
+
+def first_changed(value: Any) -> Callable[[list[Any]], list[Any]]:
+    return lambda values: [value(values[0]) if callable(value) else value, *values[1:]]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("key", "0000000099-00", "keys that are not those"),
+        ("view", 1, "another view"),
+        ("label", 2, "labels without a class"),
+        ("label", -1, "labels without a class"),
+        ("image_offset", 0, "holds"),
+        ("image_offset", 10**9, "no place in the tar"),
+        ("image_hash", b"0" * 32, "has other bytes than the hash"),
+        ("codes", [64, 0, 0, 0], "codes beyond the codebook"),
+        ("codes", lambda codes: [codes[0] ^ 1, *codes[1:]], "holds other codes"),
+        ("hflip", lambda flip: not flip, "other views than the recipe draws"),
+        ("crop", lambda crop: {**crop, "left": crop["left"] + 1000}, "crop boxes outside"),
+        ("jitter", None, "other views than the recipe draws"),
+        ("source_width", lambda width: width + 1, "other views"),
+    ],
+)
+def test_wrong_rows_are_found_though_all_hashes_are_right(
+    tmp_path: Path, written_once: Written, column: str, value: Any, message: str
+) -> None:
+    found = write_wrong(
+        str(tmp_path / "out"), written_once, lambda b, _: index_with(b, column, first_changed(value))
+    )
+    assert any(message in problem.what for problem in found.problems), found.problems
+    assert all("v00-00000" in problem.object and not problem.damaged for problem in found.problems)
+
+
+def tar_with(built: BuiltShard, change: Callable[[list[Any]], list[Any]]) -> BuiltShard:
+    assert built.tar is not None
+    data = built.tar
+    members = [(m.name, data[m.offset : m.offset + m.bytes]) for m in iter_members(io.BytesIO(data))]
+    return dataclasses.replace(built, tar=build_tar(change(members))[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda members: [*members, ("note.txt", b"hello")], "holds note.txt where its index lists None"),
+        (lambda members: [("../x.codes.npy", members[0][1]), *members[1:]], "holds ../x.codes.npy"),
+        (lambda members: [*members[2:4], *members[:2], *members[4:]], "where its index lists"),
+        (
+            lambda members: [(members[0][0], members[0][1][:-1] + b"\x01"), *members[1:]],
+            "holds other codes for",
+        ),
+    ],
+)
+def test_a_tar_that_is_not_its_index_is_found(
+    tmp_path: Path, written_once: Written, change: Any, message: str
+) -> None:
+    found = write_wrong(str(tmp_path / "out"), written_once, lambda built, _: tar_with(built, change))
+    assert any(message in problem.what for problem in found.problems), found.problems
+
+
+def test_pixels_of_another_size_or_quality_are_found(tmp_path: Path, written_once: Written) -> None:
+    shard = open_dataset(written_once.tokens).shard(0, 0)
+    rows = read_index(storage.read(shard.index)).to_pylist()
+    crop = decode_crop(storage.read(shard.tar, rows[0]["image_offset"], rows[0]["image_bytes"]))
+    for image, message in [
+        (encode_crop(crop[:8, :8], 95), "is 8 x 8 pixels, not 16 x 16"),
+        (encode_crop(crop, 60), "JPEG of another kind"),
+        (b"\xff\xd8 no picture", "cannot be decoded"),
+    ]:
+        found = _with_image(str(tmp_path / message[:9]), written_once, image)
+        assert any(message in problem.what for problem in found.problems), found.problems
+
+
+def _with_image(root: str, written: Written, image: bytes) -> Verification:
+    """The token dataset with another first image; codes, index and tar agree about it."""
+
+    def change(built: BuiltShard, plan: Plan) -> BuiltShard:
+        table = read_index(built.index)
+        codes = np.array(table.column("codes").to_pylist(), np.uint16).reshape(-1, 2, 2)
+        samples = []
+        for i, row in enumerate(table.to_pylist()):
+            stored = built.tar[row["image_offset"] : row["image_offset"] + row["image_bytes"]]  # type: ignore[index]
+            samples.append(
+                StoredSample(
+                    sample_id=row["sample_id"],
+                    view=0,
+                    image=image if i == 0 else stored,
+                    extension="jpg",
+                    source=row["source"],
+                    source_width=row["source_width"],
+                    source_height=row["source_height"],
+                    label=row["label"],
+                    crop=CropBox(**row["crop"]),
+                    hflip=row["hflip"],
+                    jitter=Jitter(**{**row["jitter"], "order": tuple(row["jitter"]["order"])}),
+                    codes=codes[i],
+                )
+            )
+        again = build_shard(samples, [], grid=(2, 2), codebook_size=64)
+        return dataclasses.replace(built, tar=again.tar, index=again.index)
+
+    return write_wrong(root, written, change)
+
+
+def test_a_manifest_that_disagrees_with_its_plan_or_shards_is_found(written: Written) -> None:
+    location = Path(written.tokens) / "manifest.json"
+    manifest = Manifest.from_json(json.loads(location.read_bytes()))
+    for change in (
+        {"samples_rejected": {"too_large": 1, "empty": 1}},
+        {"class_names": ("ant", "bee")},
+        {"recipe": {**manifest.recipe, "views": {**manifest.recipe["views"], "seed": 6}}},
+        {"samples_in": 27},
+        {"probe": (dataclasses.replace(manifest.probe[0], sha256="0" * 64),)},
+        {"probe": (dataclasses.replace(manifest.probe[0], row=77),)},
+    ):
+        location.write_bytes(dataclasses.replace(manifest, **change).to_bytes())
+        found = verify_dataset(written.tokens, sample=0)
+        assert not found.sound, change
+
+
+def test_rejects_that_do_not_add_up_are_found(tmp_path: Path, written: Written) -> None:
+    table = open_table(written.images)
+    shard = next(s for s in table.shards(0) if s.rejects is not None)
+    assert shard.rejects is not None
+    Path(shard.rejects).write_bytes(
+        write_rejects([RejectedSample(sample_id=i, source="x", reason="empty", message="") for i in (1, 2)])
+    )
+    assert shard.rejects in named(verify_dataset(written.images))
+
+
+# ------------------------------------------------------------------------------------------------ in place
+
+
+def test_tars_indexed_in_place_are_checked_by_version_and_image(
+    tmp_path: Path, make_sample: Callable[..., StoredSample]
+) -> None:
+    samples = [make_sample(i, tokens=False) for i in range(4)]
+    samples = [dataclasses.replace(s, source_width=16, source_height=16) for s in samples]
+    tar = tmp_path / "theirs.tar"
+    archive, offsets = build_tar([(f"{s.sample_id}.jpg", s.image) for s in samples])
+    tar.write_bytes(archive)
+    found = storage.stat(str(tar))
+    assert found is not None
+    foreign = ForeignTar(url=str(tar), bytes=found.bytes, version=found.version)
+    recipe = {"decode": decode_recipe(DecodeConfig())}
+    plan = Plan(kind="images", inputs={}, recipe=recipe, first_ids=(0, 2, 4), views=1, header={})
+    root = str(tmp_path / "out")
+    start(root, plan)
+    for item in items(plan):
+        mine = [
+            dataclasses.replace(samples[i], image_offset=offsets[i])
+            for i in range(item.first_id, item.end_id)
+        ]
+        commit(root, plan, item, build_shard(mine, [], grid=None, codebook_size=None, foreign=foreign))
+    finish(root, plan, decode_crop)
+    sound = verify_dataset(root)
+    assert sound.sound and sound.total.decoded == 4, sound.problems
+
+    flipped = bytearray(archive)
+    flipped[offsets[3] + 40] ^= 1
+    tar.write_bytes(bytes(flipped))
+    os.utime(tar, ns=(int(found.version), int(found.version)))
+    [problem] = verify_dataset(root, sample=0).problems
+    assert problem.object == str(tar) and "1 of 2 images" in problem.what and "0000000003-00" in problem.what
+    tar.write_bytes(archive)  # a new modification time
+    assert all("has changed" in problem.what for problem in verify_dataset(root, sample=0).problems)
+    tar.unlink()
+    assert {problem.object for problem in verify_dataset(root, sample=0).problems} == {str(tar)}
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def test_the_plan_does_not_vouch_for_another_part(written: Written) -> None:
+    """The views of another dataset, sound in themselves, do not belong here."""
+    more = Path(written.parts()[1])
+    manifest = Manifest.from_json(json.loads((more / "manifest.json").read_bytes()))
+    plan = json.loads((more / "plan.json").read_bytes())
+    plan["inputs"]["base"] = "0" * 64
+    (more / "plan.json").write_bytes(canonical_json(plan) + b"\n")
+    changed = Plan.from_bytes((more / "plan.json").read_bytes())
+    inputs = {**manifest.inputs, "base": "0" * 64}
+    (more / "manifest.json").write_bytes(
+        dataclasses.replace(manifest, inputs=inputs, plan=changed.fingerprint).to_bytes()
+    )
+    found = verify_dataset(written.tokens, sample=0)
+    assert any("was made for 00000000" in problem.what for problem in found.problems)
+
+
+def test_receipts_are_compared_with_the_table(written: Written) -> None:
+    plan = Plan.from_bytes((Path(written.tokens) / "plan.json").read_bytes())
+    item = next(items(plan))
+    location = Path(receipt_url(written.tokens, plan, item))
+    record = json.loads(location.read_bytes())
+    record["shard"]["samples"] += 1
+    location.write_bytes(canonical_json(record) + b"\n")
+    assert named(verify_dataset(written.tokens, sample=0)) == {str(location)}

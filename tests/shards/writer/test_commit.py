@@ -1,0 +1,604 @@
+"""The write pass: killed at every step it ends in the same bytes, and it never counts or claims wrongly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import storage
+from pipeline.errors import InputError
+from shards.format.build import BuiltShard, ForeignTar, build_shard
+from shards.format.manifest import open_dataset, pixels_hash, read_manifest
+from shards.format.plan import Item, Plan, items
+from shards.format.records import StoredSample
+from shards.pixels.views import decode_crop
+from shards.writer.commit import CommitError, commit, finish, pending, receipt, receipt_url, start
+
+MakeDataset = Callable[..., Any]
+
+
+def tree(root: Path | str) -> dict[str, bytes]:
+    """Every finished object below a folder, by relative path."""
+    root = str(root)
+    return {found.url.removeprefix(root): storage.read(found.url) for found in storage.list_files(root)}
+
+
+# ------------------------------------------------------------------------------------------------ plan
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 4000), min_size=1, max_size=30),
+    first_id=st.integers(0, 10**9),
+    views=st.integers(1, 3),
+    gaps=st.none() | st.randoms(use_true_random=False),
+)
+def test_a_plan_survives_json_and_its_items_tile_the_ids(
+    sizes: list[int], first_id: int, views: int, gaps: Any
+) -> None:
+    first_ids = tuple(int(i) for i in np.cumsum([first_id, *sizes]))
+    samples = None if gaps is None else tuple(gaps.randint(0, size) for size in sizes)
+    plan = Plan(
+        kind="images",
+        inputs={"a": "b"},
+        recipe={"x": [1, 2.5]},
+        first_ids=first_ids,
+        views=views,
+        header={},
+        samples=samples,
+    )
+
+    again = Plan.from_bytes(plan.to_bytes())
+    assert again == plan and again.plan8 == plan.plan8
+    found = list(items(plan))
+    assert len(found) == plan.num_items == views * len(sizes)
+    assert len({item.name for item in found}) == len(found)
+    for view in range(views):
+        mine = [item for item in found if item.view == view]
+        assert [item.first_id for item in mine] == list(first_ids[:-1])
+        assert [item.end_id for item in mine] == list(first_ids[1:])
+        assert [item.samples for item in mine] == list(sizes if samples is None else samples)
+
+
+def test_a_plan_of_half_a_million_ranges_stays_small() -> None:
+    plan = Plan(
+        kind="images",
+        inputs={},
+        recipe={},
+        first_ids=tuple(range(0, 2_000_000_001, 4000)),
+        views=1,
+        header={},
+    )
+    assert plan.num_ranges == 500_000
+    assert len(plan.to_bytes()) < 1000
+    assert Plan.from_bytes(plan.to_bytes()).first_ids == plan.first_ids
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"first_ids": (0,)}, "first_ids"),
+        ({"first_ids": (0, 5, 5)}, "first_ids"),
+        ({"first_ids": (0, 4001)}, "at most 4000"),
+        ({"first_ids": (0, 5), "samples": (6,)}, "samples"),
+        ({"views": 0}, "views"),
+        ({"views": 101}, "views"),
+        ({"kind": "tokens"}, "tokenizer"),
+    ],
+)
+def test_impossible_plans_are_refused(changes: dict[str, Any], message: str) -> None:
+    possible: dict[str, Any] = {
+        "kind": "images",
+        "inputs": {},
+        "recipe": {},
+        "first_ids": (0, 5),
+        "views": 1,
+        "header": {},
+    }
+    Plan(**possible)
+    with pytest.raises(ValueError, match=message):
+        Plan(**{**possible, **changes})
+
+
+# ------------------------------------------------------------------------------------------------ start
+
+
+def test_starting_again_with_the_same_plan_goes_on(tmp_path: Path, small_dataset: MakeDataset) -> None:
+    plan = small_dataset().plan
+    root = str(tmp_path / "out")
+    assert start(root, plan) is plan
+    again = start(root, plan)
+    assert again.fingerprint == plan.fingerprint
+    assert list(items(again)) == list(items(plan))
+
+
+def test_another_plan_is_refused_naming_both_values(tmp_path: Path, small_dataset: MakeDataset) -> None:
+    root = str(tmp_path)
+    plan = small_dataset().plan
+    start(root, plan)
+    before = tree(root)
+    others = {
+        "inputs.images: there 'aaa": dataclasses.replace(plan, inputs={"images": "b" * 64}),
+        "recipe.policy.seed: there 0, asked 7": small_dataset(seed=7).plan,
+        "views: there 2, asked 3": dataclasses.replace(plan, views=3),
+        "there 9 samples in 3 ranges of at most 4 ids, 0 to 9, asked 9 samples in 2": dataclasses.replace(
+            plan, first_ids=(0, 5, 9)
+        ),
+        "kind: there 'tokens', asked 'images'": small_dataset(kind="images").plan,
+    }
+    for message, other in others.items():
+        with pytest.raises(InputError) as refused:
+            start(root, other)
+        assert message in str(refused.value) and root in str(refused.value)
+        assert "\n" not in str(refused.value)
+    assert tree(root) == before
+
+
+def test_a_place_that_holds_something_else_is_refused(tmp_path: Path, small_dataset: MakeDataset) -> None:
+    plan = small_dataset().plan
+    (tmp_path / "holiday.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"already holds something else \(.*holiday\.txt\)"):
+        start(str(tmp_path), plan)
+    assert tree(tmp_path) == {"/holiday.txt": b"mine"}
+    with pytest.raises(InputError, match="is a file"):
+        start(str(tmp_path / "holiday.txt"), plan)
+    start(str(tmp_path), plan, beside=["holiday.txt"])
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "plan.json").write_text("{}")
+    with pytest.raises(InputError, match="not a plan"):
+        start(str(broken), plan)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"7",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"format_version": 1}',
+        b'{"format_version": 99}',
+        b'{"format_version": 1, "kind": "tokens", "inputs": {}, "recipe": {}, "header": [], "first_view": 0, '
+        b'"views": 1, "first_id": 0, "range_ids": [[1, 1]], "range_samples": null}',
+    ],
+)
+def test_a_plan_that_is_none_is_refused_by_name_and_left_alone(
+    tmp_path: Path, small_dataset: MakeDataset, content: bytes
+) -> None:
+    plan = small_dataset().plan
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(InputError, match=rf"{tmp_path}/plan\.json is not a plan of this format"):
+        start(str(tmp_path), plan)
+    assert tree(tmp_path) == {"/plan.json": content}
+
+
+def test_every_truncation_of_a_plan_is_refused_by_name(tmp_path: Path, small_dataset: MakeDataset) -> None:
+    plan = small_dataset().plan
+    whole = plan.to_bytes()
+    for length in range(0, len(whole) - 2, 7):
+        (tmp_path / "plan.json").write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"plan\.json is not a plan"):
+            start(str(tmp_path), plan)
+    (tmp_path / "plan.json").write_bytes(whole)
+    assert start(str(tmp_path), plan).fingerprint == plan.fingerprint
+
+
+def test_a_store_that_cannot_refuse_an_overwrite_is_named(
+    tmp_path: Path, small_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overwrite(url: str, data: bytes) -> bool:
+        storage.put(url, data)
+        return True
+
+    monkeypatch.setattr("shards.writer.commit.storage.create", overwrite)
+    plan = small_dataset().plan
+    for _ in range(2):  # when it is begun, and when it goes on
+        with pytest.warns(UserWarning, match="cannot refuse an overwrite: one driver only"):
+            start(str(tmp_path), plan)
+        assert tree(tmp_path) == {"/plan.json": plan.to_bytes()}
+
+
+# ------------------------------------------------------------------------------------------------ the pass
+
+
+def test_a_finished_dataset_holds_exactly_what_the_manifest_names(
+    tmp_path: Path, small_dataset: MakeDataset
+) -> None:
+    dataset = small_dataset(rejected={5: "truncated", 7: "empty", 8: "empty"})
+    manifest = dataset.write(str(tmp_path))
+    plan = dataset.plan
+
+    assert manifest == read_manifest(str(tmp_path))
+    assert (manifest.samples_in, manifest.samples_written) == (18, 12)
+    assert manifest.samples_rejected == {"empty": 4, "truncated": 2}
+    assert manifest.written_per_view == (6, 6)
+    assert manifest.class_names == ("ant", "bee", "cat")
+    assert manifest.tokenizer == plan.header["tokenizer"] and manifest.grid == (2, 3)
+    assert manifest.inputs == plan.inputs and manifest.recipe["policy"]["scale"] == [0.2, 1.0]
+
+    opened = open_dataset(str(tmp_path), "tokens")
+    named = {"/plan.json", "/manifest.json", f"/{manifest.table.path}"}
+    for view in range(2):
+        assert opened.shard_sizes(view).tolist() == [4, 2, 0]
+        for number in range(3):
+            shard = opened.shard(view, number)
+            named |= {f"/receipts/{plan.plan8}/v{view:02d}-{number:05d}.json"}
+            paths = [shard.tar, shard.index] + ([shard.rejects] if shard.rejects else [])
+            named |= {path.removeprefix(str(tmp_path)) for path in paths}
+            assert Path(shard.tar).name == f"v{view:02d}-{number:05d}-{(shard.tar_sha256 or '')[:8]}.tar"
+    assert set(tree(tmp_path)) == named
+
+
+def test_nothing_that_is_stored_names_the_place_or_the_time(
+    tmp_path: Path, small_dataset: MakeDataset
+) -> None:
+    small_dataset().write(str(tmp_path / "a"))
+    small_dataset().write(str(tmp_path / "elsewhere" / "b"))
+    assert tree(tmp_path / "a") == tree(tmp_path / "elsewhere" / "b")
+    assert all(str(tmp_path).encode() not in data for data in tree(tmp_path / "a").values())
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing may catch it and tidy up."""
+
+
+@contextmanager
+def killed_at(monkeypatch: pytest.MonkeyPatch, step: int, *, before: bool) -> Iterator[list[int]]:
+    """Dies at the step-th write, just before or just after it took effect; yields the count of writes."""
+    count = [0]
+
+    def dying(write: Callable[[str, bytes], Any]) -> Callable[[str, bytes], Any]:
+        def attempt(url: str, data: bytes) -> Any:
+            count[0] += 1
+            if count[0] == step and before:
+                raise Killed
+            result = write(url, data)
+            if count[0] == step:
+                raise Killed
+            return result
+
+        return attempt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shards.writer.commit.storage.put", dying(storage.put))
+        patch.setattr("shards.writer.commit.storage.create", dying(storage.create))
+        yield count
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_killed_at_every_write_the_rerun_ends_in_the_same_bytes(
+    tmp_path: Path, small_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    dataset = small_dataset(first_ids=(0, 3, 6), views=1)
+    with killed_at(monkeypatch, 0, before=True) as count:
+        dataset.write(str(tmp_path / "straight"))
+    straight = tree(tmp_path / "straight")
+    # plan twice (the second is the probe of the store), 2 + 3 objects, 2 receipts, table, manifest
+    assert count[0] == 2 + 5 + 2 + 2
+
+    for step in range(1, count[0] + 1):
+        root = tmp_path / f"killed-{step}"
+        with pytest.raises(Killed), killed_at(monkeypatch, step, before=before):
+            dataset.write(str(root))
+        if not (root / "manifest.json").exists():
+            with pytest.raises(InputError, match=r"unfinished|no dataset"):
+                open_dataset(str(root))
+        dataset.write(str(root))
+        assert tree(root) == straight
+
+
+def test_a_rerun_builds_only_what_is_missing(tmp_path: Path, small_dataset: MakeDataset) -> None:
+    dataset = small_dataset()
+    root = str(tmp_path)
+    plan = start(root, dataset.plan)
+    everything = list(items(plan))
+    assert list(pending(root, plan)) == everything
+    for item in everything[::2]:
+        dataset.commit_item(root, item)
+    assert list(pending(root, plan)) == everything[1::2]
+    with pytest.raises(CommitError, match=r"3 of 6 shards .* not done \(v00-00001, v01-00000, v01-00002\)"):
+        finish(root, plan, decode_crop)
+    assert not storage.exists(f"{root}/manifest.json")
+
+    for item in everything[1::2]:
+        dataset.commit_item(root, item)
+    finish(root, plan, decode_crop)
+    storage.remove(receipt_url(root, plan, everything[0]))
+    assert list(pending(root, plan)) == []  # finished is finished
+
+
+def first_object(root: str, plan: Plan, item: Item, kind: str) -> Path:
+    found = receipt(root, plan, item)
+    assert found is not None
+    return Path(root) / getattr(found.shard, kind)
+
+
+@pytest.mark.parametrize("kind", ["tar", "index", "rejects"])
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_a_receipt_counts_only_while_its_objects_are_there(
+    tmp_path: Path, small_dataset: MakeDataset, kind: str, damage: str
+) -> None:
+    dataset = small_dataset(first_ids=(0, 3, 6), views=1)
+    root = str(tmp_path)
+    plan = start(root, dataset.plan)
+    for item in items(plan):
+        dataset.commit_item(root, item)
+    straight = tree(root)
+    last = list(items(plan))[-1]
+    path = first_object(root, plan, last, kind)
+    path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:-1])
+
+    assert list(pending(root, plan)) == [last]
+    with pytest.raises(CommitError, match="1 of 2 shards"):
+        finish(root, plan, decode_crop)
+    dataset.commit_item(root, last)
+    assert tree(root) == straight
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"null", b'{"plan": 1, "shard": {}}'])
+def test_a_receipt_that_cannot_be_read_is_no_receipt(
+    tmp_path: Path, small_dataset: MakeDataset, content: bytes
+) -> None:
+    dataset = small_dataset(first_ids=(0, 3), views=1)
+    root = str(tmp_path)
+    plan = start(root, dataset.plan)
+    [item] = items(plan)
+    storage.put(receipt_url(root, plan, item), content)
+    with pytest.warns(UserWarning, match=r"v00-00000\.json is not the receipt of v00-00000 in this plan"):
+        assert receipt(root, plan, item) is None
+    with pytest.warns(UserWarning, match="does not count"):
+        dataset.commit_item(root, item)
+    assert receipt(root, plan, item) is not None
+
+
+def test_a_receipt_in_another_items_place_is_no_receipt(tmp_path: Path, small_dataset: MakeDataset) -> None:
+    dataset = small_dataset()
+    root = str(tmp_path)
+    plan = start(root, dataset.plan)
+    one, other = list(items(plan))[:2]
+    dataset.commit_item(root, one)
+    storage.put(receipt_url(root, plan, other), storage.read(receipt_url(root, plan, one)))
+    with pytest.warns(UserWarning, match=r"v00-00001\.json is not the receipt of v00-00001"):
+        assert receipt(root, plan, other) is None
+
+
+@pytest.mark.parametrize("field", ["plan", "tar", "index", "rejects"])
+def test_a_receipt_of_another_plan_or_of_objects_elsewhere_does_not_count_and_is_replaced(
+    tmp_path: Path, small_dataset: MakeDataset, field: str
+) -> None:
+    dataset = small_dataset(first_ids=(0, 6), views=1)
+    root = str(tmp_path / "out")
+    plan = start(root, dataset.plan)
+    [item] = items(plan)
+    dataset.commit_item(root, item)
+    straight = tree(root)
+    record = json.loads(storage.read(receipt_url(root, plan, item)))
+    if field == "plan":
+        record["plan"] = "0" * 64
+    else:  # the bytes are there, under a name of somebody's choice
+        elsewhere = storage.join(root, "..", "secret")
+        storage.put(elsewhere, storage.read(storage.join(root, record["shard"][field])))
+        record["shard"][field] = "../secret"
+    storage.put(receipt_url(root, plan, item), json.dumps(record).encode())
+    with pytest.warns(UserWarning, match="does not count"):
+        assert list(pending(root, plan)) == [item]
+    with pytest.warns(UserWarning, match="does not count"):
+        dataset.commit_item(root, item)
+    assert tree(root) == straight
+
+
+def with_other_codes(dataset: Any, item: Item) -> BuiltShard:
+    """What an attempt on another device might build: equal but for one code."""
+    samples, rejects = dataset.content(item)
+    codes = samples[0].codes.copy()
+    codes[0, 0] = (codes[0, 0] + 1) % 16
+    return build_shard(
+        [dataclasses.replace(samples[0], codes=codes), *samples[1:]], rejects, grid=(2, 3), codebook_size=16
+    )
+
+
+def test_the_first_receipt_stands_and_the_loser_deletes_nothing(
+    tmp_path: Path, small_dataset: MakeDataset
+) -> None:
+    dataset = small_dataset(first_ids=(0, 3), views=1, rejected={})
+    root = str(tmp_path)
+    plan = start(root, dataset.plan)
+    [item] = items(plan)
+    dataset.commit_item(root, item)
+    winner = receipt(root, plan, item)
+    before = tree(root)
+
+    assert commit(root, plan, item, with_other_codes(dataset, item)) == winner == receipt(root, plan, item)
+    after = tree(root)
+    assert {path: after[path] for path in before} == before
+    assert len(after) == len(before) + 2  # the loser's tar and index, for gc
+
+    manifest = finish(root, plan, decode_crop)
+    assert winner is not None
+    assert open_dataset(root).shard(0, 0).tar == f"{root}/{winner.shard.tar}"
+    assert finish(root, plan, decode_crop) == manifest
+
+
+def test_many_drivers_at_once_leave_one_sound_dataset(tmp_path: Path, small_dataset: MakeDataset) -> None:
+    dataset = small_dataset()
+    root = str(tmp_path / "shared")
+    fingerprints: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: fingerprints.append(dataset.write(root).fingerprint))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fingerprints) == 4 and len(set(fingerprints)) == 1
+    dataset.write(str(tmp_path / "alone"))
+    assert tree(root) == tree(tmp_path / "alone")
+
+
+# ------------------------------------------------------------------------------------------------ accounting
+
+
+def test_what_does_not_belong_to_the_item_is_not_committed(
+    tmp_path: Path, small_dataset: MakeDataset, make_sample: Callable[..., StoredSample]
+) -> None:
+    dataset = small_dataset(first_ids=(0, 3, 6), rejected={})
+    root = str(tmp_path)
+    plan = start(root, dataset.plan)
+    first = next(items(plan))
+    before = tree(root)
+
+    def built(
+        ids: list[int], view: int = 0, grid: tuple[int, int] | None = (2, 3), size: int = 16
+    ) -> BuiltShard:
+        samples = [make_sample(i, view, tokens=grid is not None) for i in ids]
+        return build_shard(samples, [], grid=grid, codebook_size=size if grid else None)
+
+    for shard, message in [
+        (built([0, 1]), "2 samples written or rejected, the plan says 3"),
+        (built([0, 1, 3]), r"ids 0 to 3 are not in \[0, 3\)"),
+        (built([0, 1, 2], view=1), "of view 1"),
+        (built([0, 1, 2], size=32), "codebook"),
+        (built([0, 1, 2], grid=None), "codebook"),
+    ]:
+        with pytest.raises(CommitError, match=message):
+            commit(root, plan, first, shard)
+    assert tree(root) == before
+
+
+def test_gaps_in_the_ids_are_planned_and_checked(
+    tmp_path: Path, small_dataset: MakeDataset, make_sample: Callable[..., StoredSample]
+) -> None:
+    """A token dataset over images of which some were rejected."""
+    images = small_dataset(kind="images", views=1, rejected={1: "empty", 7: "empty", 8: "empty"})
+    images.write(str(tmp_path / "images"))
+    first_ids, samples = open_dataset(str(tmp_path / "images"), "images").id_ranges()
+    assert (first_ids, samples) == ((0, 4, 7, 9), (3, 3, 0))
+
+    root = str(tmp_path / "tokens")
+    plan = dataclasses.replace(small_dataset().plan, first_ids=first_ids, samples=samples)
+    start(root, plan)
+    for item in items(plan):
+        ids = [i for i in range(item.first_id, item.end_id) if i not in (1, 7, 8)]
+        built = build_shard([make_sample(i, item.view) for i in ids], [], grid=(2, 3), codebook_size=16)
+        commit(root, plan, item, built)
+    manifest = finish(root, plan, decode_crop)
+    assert (manifest.samples_in, manifest.samples_written, manifest.samples_rejected) == (12, 12, {})
+
+
+def test_a_receipt_that_does_not_add_up_stops_the_pass(tmp_path: Path, small_dataset: MakeDataset) -> None:
+    dataset = small_dataset(first_ids=(0, 3), views=1, rejected={1: "empty"})
+    root = str(tmp_path)
+    plan = start(root, dataset.plan)
+    [item] = items(plan)
+    dataset.commit_item(root, item)
+    url = receipt_url(root, plan, item)
+    record = json.loads(storage.read(url))
+    record["rejected"] = {}
+    storage.put(url, json.dumps(record).encode())
+    with pytest.raises(CommitError, match="2 written and 0 rejected, but 3 were read"):
+        finish(root, plan, decode_crop)
+
+
+# ------------------------------------------------------------------------------------------------ finish
+
+
+def test_the_probe_spreads_over_the_dataset_and_tells_another_decoder(
+    tmp_path: Path, small_dataset: MakeDataset, make_sample: Callable[..., StoredSample]
+) -> None:
+    dataset = small_dataset(first_ids=tuple(range(0, 41, 2)), views=2, rejected={0: "empty", 1: "empty"})
+    manifest = dataset.write(str(tmp_path))
+    assert 14 <= len(manifest.probe) <= 16
+    assert {entry.view for entry in manifest.probe} == {0, 1}
+    for entry in manifest.probe:
+        sample_id, view = (int(part) for part in entry.key.split("-"))
+        assert view == entry.view
+        assert entry.sha256 == pixels_hash(decode_crop(make_sample(sample_id, view).image))
+
+    # one shard: the probe takes more of it
+    small = small_dataset(first_ids=(0, 40), views=1, rejected={}).write(str(tmp_path / "one"))
+    assert [entry.row for entry in small.probe] == [int(40 * i / 16) for i in range(16)]
+    tiny = small_dataset(first_ids=(0, 2), views=1, rejected={}).write(str(tmp_path / "two"))
+    assert [entry.row for entry in tiny.probe] == [0, 1]
+
+
+def test_another_finished_plan_is_refused(tmp_path: Path, small_dataset: MakeDataset) -> None:
+    small_dataset().write(str(tmp_path))
+    with pytest.raises(InputError, match="finished with another plan"):
+        finish(str(tmp_path), small_dataset(seed=1).plan, decode_crop)
+
+
+def test_a_foreign_tar_is_referred_to_and_a_change_of_it_is_an_error(
+    tmp_path: Path, make_sample: Callable[..., StoredSample]
+) -> None:
+    samples = [make_sample(i, tokens=False) for i in range(4)]
+    tar = tmp_path / "theirs.tar"
+    tar.write_bytes(b"".join(sample.image for sample in samples))
+    offsets = np.cumsum([0] + [len(sample.image) for sample in samples])
+    found = storage.stat(str(tar))
+    assert found is not None
+    foreign = ForeignTar(url=str(tar), bytes=found.bytes, version=found.version)
+    plan = Plan(kind="images", inputs={}, recipe={}, first_ids=(0, 2, 4), views=1, header={})
+
+    def write(root: str) -> None:
+        start(root, plan)
+        for item in items(plan):
+            mine = [
+                dataclasses.replace(s, image_offset=int(o)) for s, o in zip(samples, offsets[:4], strict=True)
+            ]
+            built = build_shard(
+                mine[item.first_id : item.end_id], [], grid=None, codebook_size=None, foreign=foreign
+            )
+            commit(root, plan, item, built)
+
+    root = str(tmp_path / "out")
+    write(root)
+    assert list(pending(root, plan)) == []
+    finish(root, plan, decode_crop)
+    shard = open_dataset(root).shard(0, 1)
+    assert (shard.tar, shard.tar_bytes, shard.tar_sha256, shard.tar_version, shard.is_foreign) == (
+        str(tar),
+        found.bytes,
+        None,
+        found.version,
+        True,
+    )
+    assert not (tmp_path / "out" / "shards").exists()
+
+    write(str(tmp_path / "late"))
+    tar.write_bytes(tar.read_bytes() + b"x")
+    with pytest.raises(InputError, match=r"theirs\.tar, indexed in place as shard v00-00000, has changed"):
+        finish(str(tmp_path / "late"), plan, decode_crop)
+    tar.unlink()
+    with pytest.raises(InputError, match="is gone"):
+        finish(str(tmp_path / "late"), plan, decode_crop)
+
+
+def test_on_s3_as_on_disk(tmp_path: Path, s3_url: str, small_dataset: MakeDataset) -> None:
+    dataset = small_dataset(first_ids=(0, 3, 6), views=1)
+    root = f"{s3_url}/deep/tokens"
+    manifest = dataset.write(root)
+    assert manifest == dataset.write(root) == dataset.write(str(tmp_path))
+    there = {found.url.removeprefix(root): storage.read(found.url) for found in storage.list_files(root)}
+    assert there == tree(tmp_path)
+    assert open_dataset(root).shard(0, 1).tar.startswith(f"{root}/shards/v00-00001-")
+    with pytest.raises(InputError, match=r"recipe\.policy\.seed"):
+        start(root, small_dataset(seed=1).plan)
+    storage.put(f"{s3_url}/other/thing", b"")
+    with pytest.raises(InputError, match="something else"):
+        start(f"{s3_url}/other", dataset.plan)
