@@ -65,9 +65,8 @@ def publish(url: str, name: str, files: Mapping[str, bytes], header: Mapping[str
 def read_header(url: str, name: str) -> dict[str, Any] | None:
     """The header of an artifact, or None where there is no finished one."""
     location = storage.join(url, f"{name}.json")
-    try:
-        data = storage.read(location)
-    except (FileNotFoundError, NotADirectoryError):
+    data = storage.read_or_none(location)
+    if data is None:
         return None
     try:
         header = json.loads(data)
@@ -111,7 +110,7 @@ def claim(
     """
     location = storage.join(url, "run.json")
     text = json.dumps(identity, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
-    held = _read_or_none(location)
+    held = storage.read_or_none(location)
     if held is None:
         if not storage.is_empty(url):
             raise InputError(f"{url} already holds something else; choose another --output or empty it")
@@ -132,7 +131,7 @@ def claim(
 
 def claimed_config(url: str) -> dict[str, Any]:
     """The settings of the run that claimed an output URL; empty where none did."""
-    held = _read_or_none(storage.join(url, "run.json"))
+    held = storage.read_or_none(storage.join(url, "run.json"))
     return {} if held is None else json.loads(held).get("config", {})
 
 
@@ -144,10 +143,3 @@ def differences(held: Any, asked: Any, path: str = "") -> list[str]:
             found += differences(held.get(key), asked.get(key), f"{path}.{key}" if path else str(key))
         return found
     return [] if held == asked else [f"{path}: there {held!r}, asked {asked!r}"]
-
-
-def _read_or_none(url: str) -> bytes | None:
-    try:
-        return storage.read(url)
-    except (FileNotFoundError, NotADirectoryError):
-        return None

@@ -168,6 +168,14 @@ def read(
         raise FileNotFoundError(f"no such object: {url}") from None
 
 
+def read_or_none(url: str) -> bytes | None:
+    """All bytes of an object; None where there is none."""
+    try:
+        return read(url)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def stat(url: str) -> FileStat | None:
     """Size and version of an object, always asked anew; None when there is none."""
     if is_local(url):

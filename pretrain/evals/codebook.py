@@ -3,9 +3,9 @@
 **Consistency** of a code is the mean cosine between two of its patches from two different images, over all
 pairs of images, each weighing the same however many such patches it has. Compared are gradient histograms
 (`tokenizer.model.hog`, without its colour, which would make dark patches the most alike), whatever the
-tokenizer's teacher was: a code is consistent where its patches look alike, and a code with one meaning in many looks is
-not found this way. Codes in too few patches or images have none worth naming. Flat patches are all alike, so
-codes of less contrast than the median code come after all others.
+tokenizer's teacher was: a code is consistent where its patches look alike, and a code with one meaning in
+many looks is not found this way. Codes in too few patches or images have none worth naming. Flat
+patches are all alike, so codes of less contrast than the median code come after all others.
 
 **Position** is measured as mutual information of code and place on the grid, over every stored patch. It is
 never 0 in a finite dataset, so it is compared with that of the same grids, each shifted around its edges by
