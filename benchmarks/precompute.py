@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from pipeline import storage
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.config import run_job
 from shards.dataset.images import read_crops
 from shards.format.plan import Item, Plan

@@ -26,7 +26,8 @@ import numpy as np
 from benchmarks._scale_process import Measured, scale_plan
 from pipeline import storage
 from pipeline.artifacts import sha256_hex
-from pipeline.cluster.training import ClusterConfig, map_items
+from pipeline.cluster.config import ClusterConfig
+from pipeline.cluster.items import map_items
 from pipeline.config import run_job
 from shards.format.build import build_shard
 from shards.format.manifest import MANIFEST, Manifest, ShardInfo, TableName, TableWriter, shard_name

@@ -14,7 +14,7 @@ import sys
 for absent in ("ray", "open_clip", "webdataset", "moto"):
     sys.modules[absent] = None  # importing it now raises ImportError
 
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pretrain.model.backbone import BackboneSize, load_backbone
 from pretrain.model.mim import MIMConfig, PatchAggregationConfig
 from pretrain.train import PretrainConfig, pretrain_mim

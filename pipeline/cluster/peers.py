@@ -1,7 +1,7 @@
-"""Who is missing when a collective fails: the ranks of a group tell each other where they stand.
+"""Which rank is missing when a collective fails: the ranks of a group tell each other where they are.
 
-A rank that waits in vain learns no more than that a connection broke or that its time is up. Without asking,
-its error would name itself, not the rank that died or hangs.
+The rank that waited learns only that a connection broke or that its time is up. If it did not ask the others,
+its error would name itself and not the rank that died or hangs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import PurePath
 from typing import Protocol
 
 ANSWER_WITHIN_S = 4.0
-"""How long a rank that lost the others waits for their answers; they look for questions every second."""
+"""Seconds that a rank waits for the others' answers; they look for questions every second."""
 MOST_NAMED = 8
 _WAITING = "waits for others too"
 _SILENT = "does not answer"
@@ -26,24 +26,24 @@ _LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "p
 
 
 class MissingRankError(Exception):
-    """A rank met others in vain: the message says which, and where each of them stands."""
+    """A collective failed because ranks did not arrive; the message lists them with their current line."""
 
 
 class Board(Protocol):
-    """Notes that driver and ranks of one run leave for each other, outside of the collectives."""
+    """Notes that the driver and the ranks of one run leave for each other, outside of the collectives."""
 
-    def say(self, about: str, word: str) -> None:
-        """Leave a note, in place of an earlier one."""
+    def put(self, topic: str, note: str) -> None:
+        """Leave a note on a topic, in place of an earlier one."""
         ...
 
-    def said(self, about: str) -> str:
-        """The note about something; empty when there is none."""
+    def get(self, topic: str) -> str:
+        """The note on a topic; empty when there is none."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peers:
-    """A rank among those of one attempt at a run; a restarted group is another attempt."""
+    """One rank of one attempt at a run; a restarted group is another attempt."""
 
     board: Board
     attempt: str
@@ -51,26 +51,26 @@ class Peers:
     world_size: int
 
     def answer(self, thread: int) -> bool:
-        """Say where a thread of this process stands if another rank asks; True once it is said."""
-        if not self.board.said(f"{self.attempt}/where"):
+        """Report the current line of a thread if another rank has asked for it; True once reported."""
+        if not self.board.get(f"{self.attempt}/where"):
             return False
         self._say_place(place_of(thread))
         return True
 
     def leave(self) -> None:
-        """Say that this rank will not meet the others any more."""
+        """Report that this rank will take part in no further collective."""
         self._say_place("has left its training function")
 
     def find_missing(self, error: BaseException) -> MissingRankError:
-        """What to raise for a failed collective: it says where others are, those who stand apart first."""
+        """The error for a failed collective: it lists the other ranks, those that differ from most first."""
         others = [rank for rank in range(self.world_size) if rank != self.rank]
-        self.board.say(f"{self.attempt}/where", "asked")
+        self.board.put(f"{self.attempt}/where", "asked")
         places = dict.fromkeys(others, "")
         given_up = time.monotonic() + ANSWER_WITHIN_S
         while not all(places.values()) and time.monotonic() < given_up:
             time.sleep(0.5)
             for rank in (rank for rank, place in places.items() if not place):
-                places[rank] = self.board.said(f"{self.attempt}/place-{rank}")
+                places[rank] = self.board.get(f"{self.attempt}/place-{rank}")
         places = {rank: place or _SILENT for rank, place in places.items()}
         times = Counter(places.values())
         others.sort(key=lambda rank: (places[rank] != _SILENT, places[rank] == _WAITING, times[places[rank]]))
@@ -80,21 +80,21 @@ class Peers:
         return MissingRankError(f"rank {self.rank} met others in vain ({error}): {'; '.join(named)}")
 
     def _say_place(self, place: str) -> None:
-        self.board.say(f"{self.attempt}/place-{self.rank}", place)
+        self.board.put(f"{self.attempt}/place-{self.rank}", place)
 
 
 def introduce(board: Board, rank: int) -> None:
-    """Say which process is this rank."""
-    board.say(f"process-{rank}", f"pid {os.getpid()} on {socket.gethostname()}")
+    """Record the process id and host of this rank."""
+    board.put(f"process-{rank}", f"pid {os.getpid()} on {socket.gethostname()}")
 
 
 def name_of(board: Board, rank: int) -> str:
     """`rank 1 (pid 4711 on node-3)`; the latest process that was this rank."""
-    process = board.said(f"process-{rank}")
+    process = board.get(f"process-{rank}")
     return f"rank {rank} ({process})" if process else f"rank {rank}"
 
 
-def blames_others(error: BaseException) -> bool:
+def is_collective_error(error: BaseException) -> bool:
     """True for what torch.distributed raises when a connection breaks or its time is up."""
     words = str(error).lower()
     return isinstance(error, MissingRankError) or (
@@ -104,7 +104,7 @@ def blames_others(error: BaseException) -> bool:
 
 
 def place_of(thread: int) -> str:
-    """Where a thread of this process stands: its innermost line outside of libraries, and within them."""
+    """The current line of a thread of this process: the innermost outside of libraries, and the innermost."""
     frames = traceback.extract_stack(sys._current_frames()[thread])
     if any(frame.filename == __file__ for frame in frames):
         return _WAITING

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.artifacts import sha256_hex
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from pretrain.evals.features import UNLABELLED, read_labels
 from shards.format.manifest import MANIFEST, open_dataset

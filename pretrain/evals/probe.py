@@ -35,7 +35,8 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.artifacts import claim, publish, read_header
-from pipeline.cluster.training import ClusterConfig, map_items
+from pipeline.cluster.config import ClusterConfig
+from pipeline.cluster.items import map_items
 from pipeline.config import identity, to_dict
 from pipeline.errors import InputError
 from pipeline.training.metrics import Progress

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.artifacts import claim, publish, read_header
-from pipeline.cluster.training import ClusterConfig, device_type, map_items
+from pipeline.cluster.config import ClusterConfig, device_type
+from pipeline.cluster.items import map_items
 from pipeline.config import identity
 from pipeline.errors import InputError
 from pipeline.training.metrics import Progress

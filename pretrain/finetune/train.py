@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
 from pipeline.artifacts import claim, read_header
-from pipeline.cluster.training import ClusterConfig, run_training
+from pipeline.cluster.config import ClusterConfig
+from pipeline.cluster.training import run_training
 from pipeline.config import identity
 from pipeline.errors import InputError
 from pipeline.training.checkpoints import CheckpointStore, TrainState

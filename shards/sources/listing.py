@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.cluster.training import ClusterConfig, map_items
+from pipeline.cluster.config import ClusterConfig
+from pipeline.cluster.items import map_items
 from pipeline.errors import InputError
 from pipeline.storage import FileStat
 from pipeline.training.metrics import Progress

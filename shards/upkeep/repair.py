@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from pipeline import storage
 from pipeline.artifacts import sha256_hex
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from shards.format.build import BuildError, BuiltShard
 from shards.format.manifest import Dataset, ShardInfo, ShardTable, read_shard_rejects, views_url

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from pipeline import artifacts, storage
-from pipeline.cluster.training import ClusterConfig, map_items
+from pipeline.cluster.config import ClusterConfig
+from pipeline.cluster.items import map_items
 from pipeline.config import identity
 from pipeline.errors import InputError
 from pipeline.training.metrics import Progress

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.training.optim import OptimConfig
 from pretrain.masking import MaskConfig
 from pretrain.model.backbone import BackboneSize

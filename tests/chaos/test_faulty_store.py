@@ -14,7 +14,8 @@ import pytest
 
 from pipeline import storage
 from pipeline.artifacts import sha256_hex
-from pipeline.cluster.training import ClusterConfig, map_items
+from pipeline.cluster.config import ClusterConfig
+from pipeline.cluster.items import map_items
 from pipeline.storage import StoreError
 from shards.format.index import codes_of, read_rejects
 from shards.format.manifest import Dataset, open_dataset, read_shard_index

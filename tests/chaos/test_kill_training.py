@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from pipeline import storage
-from pipeline.cluster.training import ClusterConfig, WorkerFailedError, run_training
+from pipeline.cluster.config import ClusterConfig, WorkerFailedError
+from pipeline.cluster.training import run_training
 from pipeline.training.checkpoints import CheckpointStore
 from pipeline.training.interruption import InterruptedRunError
 from pipeline.training.metrics import read_metrics

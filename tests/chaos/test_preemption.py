@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from pipeline import storage
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.training.metrics import read_metrics
 from pipeline.training.worker import Worker
 from pretrain.train import PretrainConfig, pretrain_mim

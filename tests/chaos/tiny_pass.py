@@ -28,7 +28,8 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.artifacts import sha256_hex
-from pipeline.cluster.training import ClusterConfig, map_items
+from pipeline.cluster.config import ClusterConfig
+from pipeline.cluster.items import map_items
 from shards.format.build import build_shard
 from shards.format.manifest import Manifest
 from shards.format.plan import Item, Plan, items

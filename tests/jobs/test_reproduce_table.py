@@ -18,7 +18,7 @@ from jobs.stages.paper_tables import METRICS, TABLES
 from jobs.stages.results import Cell, Reading, Result, judge, markdown, verdict_of, written_into
 from jobs.stages.tables import HEADERS
 from pipeline import storage
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.config import parse
 from pipeline.errors import InputError
 from shards.writer.prepare import PrepareConfig, prepare_images

@@ -347,7 +347,7 @@ def test_another_tokenizer_and_another_runs_output_are_refused(tokens: str, show
 
 
 def test_image_shards_end_the_job_with_status_2(make_image_folder, tmp_path: Path):
-    from pipeline.cluster.training import ClusterConfig
+    from pipeline.cluster.config import ClusterConfig
     from shards.writer.prepare import PrepareConfig, prepare_images
 
     prepare_images(

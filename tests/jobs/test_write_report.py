@@ -20,7 +20,7 @@ from jobs.report.findings import ReportConfig, find, summary_rows
 from jobs.run_pipeline import StageRecord, write_record
 from jobs.write_report import summary_table, write_report
 from pipeline import artifacts
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from pretrain.evals.probe import ProbeResult, Score, compare, wilson_interval
 from pretrain.model.backbone import Backbone, BackboneConfig, save_backbone

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.cluster.training import ClusterConfig
+    from pipeline.cluster.config import ClusterConfig
     from shards.reader.reader import SampleBatch
 
 PRELOADED = ["tokenizer.train", "pretrain.train", "torch._dynamo", "torch.utils.tensorboard"]

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from pipeline.training.checkpoints import CheckpointStore
 from pipeline.training.interruption import InterruptedRunError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from shards.dataset.images import ImageSample, read_crops, read_images
 from shards.format.build import ForeignTar, build_shard
 from shards.format.manifest import Dataset, Manifest, layer_url, open_dataset, open_table, views_url

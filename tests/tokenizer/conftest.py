@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.training.optim import OptimConfig
 from shards.pixels.views import ViewPolicy
 from shards.writer.prepare import PrepareConfig, prepare_images

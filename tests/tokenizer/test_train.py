@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from pipeline.artifacts import read_header
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from pipeline.training.checkpoints import CheckpointStore
 from pipeline.training.interruption import InterruptedRunError

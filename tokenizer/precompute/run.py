@@ -25,7 +25,8 @@ import torch
 
 from pipeline import storage
 from pipeline.artifacts import canonical_json, differences
-from pipeline.cluster.training import ClusterConfig, device_type, map_items
+from pipeline.cluster.config import ClusterConfig, device_type
+from pipeline.cluster.items import map_items
 from pipeline.config import identity, to_dict
 from pipeline.errors import InputError
 from pipeline.training.metrics import Progress

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipeline.cluster import peers
-from pipeline.cluster.peers import MissingRankError, Peers, blames_others, introduce, name_of, place_of
+from pipeline.cluster.peers import MissingRankError, Peers, introduce, is_collective_error, name_of, place_of
 
 
 class _Notes:
@@ -17,11 +17,11 @@ class _Notes:
     def __init__(self) -> None:
         self.notes: dict[str, str] = {}
 
-    def say(self, about: str, word: str) -> None:
-        self.notes[about] = word
+    def put(self, topic: str, note: str) -> None:
+        self.notes[topic] = note
 
-    def said(self, about: str) -> str:
-        return self.notes.get(about, "")
+    def get(self, topic: str) -> str:
+        return self.notes.get(topic, "")
 
 
 def _wait_in_vain(release: threading.Event) -> None:
@@ -44,7 +44,7 @@ def test_a_place_is_the_line_of_ours_and_the_one_it_waits_in(stuck: int) -> None
     while "wait" not in place_of(stuck):
         time.sleep(0.01)
     found = place_of(stuck)
-    assert found.startswith("is at pipeline/test_peers.py:") and "(_wait_in_vain), in " in found
+    assert found.startswith("is at cluster/test_peers.py:") and "(_wait_in_vain), in " in found
     assert found.endswith("(wait)") and "threading.py:" in found
 
 
@@ -60,9 +60,9 @@ def test_the_rank_that_hangs_is_named_before_those_that_wait_with_us(
     assert not group[3].answer(stuck)  # nobody asked yet
 
     def waits(rank: int) -> None:
-        while not board.said("a/where"):
+        while not board.get("a/where"):
             time.sleep(0.01)
-        board.say(f"a/place-{rank}", "is at somewhere/else.py:1 (all_reduce)")
+        board.put(f"a/place-{rank}", "is at somewhere/else.py:1 (all_reduce)")
 
     def hangs() -> None:
         while not ended.is_set() and not group[3].answer(stuck):
@@ -118,10 +118,10 @@ def test_names_of_many_ranks_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_errors_of_the_process_group_blame_others() -> None:
-    assert blames_others(RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer"))
-    assert blames_others(MissingRankError("rank 0 met others in vain"))
-    assert not blames_others(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not blames_others(ConnectionResetError("connection reset by the store"))
+    assert is_collective_error(RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer"))
+    assert is_collective_error(MissingRankError("rank 0 met others in vain"))
+    assert not is_collective_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_collective_error(ConnectionResetError("connection reset by the store"))
 
 
 def test_a_rank_without_a_process_has_its_number() -> None:

@@ -9,15 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pipeline.cluster.config import ClusterConfig, WorkerFailedError
+from pipeline.cluster.items import map_items
 from pipeline.cluster.peers import MissingRankError
-from pipeline.cluster.training import (
-    ClusterConfig,
-    WorkerFailedError,
-    _first_to_fail,
-    _named,
-    map_items,
-    run_training,
-)
+from pipeline.cluster.training import _first_to_fail, _named, run_training
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -156,11 +151,11 @@ class _Died(Exception):
 class _Notes:
     """A board on which all ranks have introduced themselves."""
 
-    def say(self, about: str, word: str) -> None:
-        raise AssertionError((about, word))
+    def put(self, topic: str, note: str) -> None:
+        raise AssertionError((topic, note))
 
-    def said(self, about: str) -> str:
-        rank = about.removeprefix("process-")
+    def get(self, topic: str) -> str:
+        rank = topic.removeprefix("process-")
         return f"pid {rank}{rank} on node-{rank}"
 
 

@@ -11,7 +11,7 @@ import pytest
 import timm.data
 from PIL import Image
 
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from pretrain.evals.image_sets import ImageSet, Outputs, check_classes, look_at, prepare, wnids
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from pretrain.evals.corruptions import Corruption
 from pretrain.evals.image_sets import wnids

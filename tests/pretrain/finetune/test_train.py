@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.config import run_job
 from pipeline.errors import InputError
 from pipeline.training.checkpoints import CheckpointStore

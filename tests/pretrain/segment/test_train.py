@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from pipeline import storage
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.config import parse
 from pipeline.errors import InputError
 from pipeline.training.checkpoints import CheckpointStore, TrainState

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
 from pipeline import storage
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from shards.format.manifest import Dataset, open_dataset, read_shard_index
 from shards.format.records import as_text

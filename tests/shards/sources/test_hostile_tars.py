@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from shards.dataset.images import read_images as read_stored
 from shards.format.manifest import Dataset, open_dataset

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageOps
 
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from shards.format.manifest import Dataset, open_dataset, read_shard_index
 from shards.pixels.decode import DecodeConfig, decode_config_of

@@ -13,7 +13,7 @@ import pytest
 
 from jobs.precompute_shards import main
 from pipeline import storage
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from shards.pixels.views import ViewPolicy
 from tokenizer.precompute.estimate import as_text, dry_run

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from jobs.verify_shards import VerifyConfig, main
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from shards.format.manifest import open_dataset
 from shards.pixels.views import ViewPolicy

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cluster.training import ClusterConfig
+from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from shards.dataset.images import read_images
 from shards.dataset.parts import parts, read_plan
