@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from jobs.report import page as report_page
+from jobs.report import html as report_page
+from jobs.report import pictures
 from jobs.report.codebook import usage_body
 from jobs.report.findings import Findings, ReportConfig, comparison_words, find, storage_bytes, summary_rows
-from jobs.report.page import Interval, Section, Series
+from jobs.report.html import Interval, Section, Series
 from jobs.report.sheets import RED, framed
 from pipeline import storage
 from pipeline.config import run_job
 from pipeline.errors import InputError
 from pipeline.training import metrics
-from pretrain.evals import report as pictures
 from pretrain.evals.codebook import MIN_PATCHES
 from pretrain.model.mim import load_mim
 from shards.dataset.summary import code_statistics, count_codes

@@ -7,8 +7,8 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw
 
-from jobs.report.page import Section, details, escape, figure, grid, image, page, paragraph, rank_chart, table
-from jobs.report.preview_page import class_name
+from jobs.report.html import Section, details, escape, figure, grid, image, page, paragraph, rank_chart, table
+from jobs.report.pictures import surroundings
 from jobs.report.sheets import (
     GAP,
     INK,
@@ -28,7 +28,6 @@ from jobs.report.sheets import (
 )
 from pretrain.evals.codebook import PRIOR, CodebookFindings, Example, PlacedCode, ShownCode
 from shards.dataset.codes import SHIFTS
-from shards.dataset.preview import surroundings
 from shards.dataset.summary import CodeStatistics
 from shards.format.manifest import Dataset
 
@@ -303,6 +302,12 @@ def _code_words(dataset: Dataset, one: ShownCode) -> list[str]:
     if one.neighbours:
         lines.append(f"nearest codes: {', '.join(str(code) for code, _ in one.neighbours)}")
     return lines
+
+
+def class_name(dataset: Dataset, label: int) -> str:
+    """The name of a class, or its number where it has none."""
+    names = dataset.manifest.class_names
+    return names[label] if names is not None and label < len(names) else str(label)
 
 
 def _bits_words(place: PlacedCode) -> str:

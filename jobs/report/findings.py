@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.report.page import TableRow
+from jobs.report.html import TableRow
 from pipeline import artifacts, storage
 from pipeline.errors import InputError
 from pipeline.training import metrics

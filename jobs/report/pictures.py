@@ -15,7 +15,6 @@ from PIL import Image
 from pretrain.evals.codebook import CHUNK, MIN_PATCHES, Likeness, choose_patches
 from pretrain.masking import MaskConfig, block_masks
 from pretrain.model.mim import MIM
-from shards.dataset.preview import surroundings
 
 # Shapes below: n images of S pixels a side, a square grid of N patches of P pixels a side, K codes.
 
@@ -182,6 +181,14 @@ def verdict_map(one: Prediction, size: int, *, right: Sequence[int], wrong: Sequ
 def enlarged(image: np.ndarray, size: int) -> np.ndarray:
     """uint8 [S, S, 3] -> [size, size, 3]."""
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def surroundings(pixels: np.ndarray, patch: int, grid: tuple[int, int]) -> np.ndarray:
+    """A patch in the middle of the 3 x 3 patches around it, uint8 [3 P, 3 P', 3]; edges are repeated."""
+    height, width = pixels.shape[0] // grid[0], pixels.shape[1] // grid[1]
+    row, column = divmod(patch, grid[1])
+    padded = np.pad(pixels, ((height, height), (width, width), (0, 0)), mode="edge")
+    return padded[row * height : (row + 3) * height, column * width : (column + 3) * width]
 
 
 def _per_pixel(values: np.ndarray, size: int) -> np.ndarray:

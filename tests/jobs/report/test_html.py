@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from jobs.report import page as page
+from jobs.report import html as page
 
 
 class _Balanced(HTMLParser):
