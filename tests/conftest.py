@@ -140,16 +140,16 @@ def fault_proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
     Storage has little patience meanwhile: 2 s for an answer, 20 s in all.
     """
-    from pipeline import storage
+    from pipeline import remote
     from tests.chaos.proxy import FaultProxy
 
     with FaultProxy(s3_server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        monkeypatch.setattr(storage, "_clients", {})
-        patience = storage.Patience(
+        monkeypatch.setattr(remote, "_clients", {})
+        patience = remote.RetryPolicy(
             connect_s=2, answer_s=2, request_s=10, retry_s=20, first_wait_s=0.02, longest_wait_s=0.2
         )
-        monkeypatch.setattr(storage, "PATIENCE", patience)
+        monkeypatch.setattr(remote, "RETRIES", patience)
         yield proxy
 
 

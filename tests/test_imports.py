@@ -15,7 +15,7 @@ LAYERS = ("pipeline", "shards", "tokenizer", "pretrain", "jobs")
 
 DOORS: dict[str, tuple[str, ...]] = {
     "ray": ("pipeline.cluster.", "jobs."),
-    "fsspec": ("pipeline.storage",),
+    "fsspec": ("pipeline.remote",),
     "s3fs": (),
     "boto3": (),
     "botocore": (),

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pipeline import storage
+from pipeline import remote, storage
 from pipeline.errors import InputError
 
 ROOM_WAIT_S = 60.0
@@ -164,8 +164,7 @@ class NodeCache:
         path = os.path.join(self._folder, f".{wanted.name[:2]}{_LOCK}")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            patience = storage.PATIENCE
-            deadline = time.monotonic() + patience.request_s + patience.retry_s
+            deadline = time.monotonic() + remote.RETRIES.request_s + remote.RETRIES.retry_s
             while time.monotonic() < deadline and not _locked(descriptor):
                 time.sleep(0.05)
             yield

@@ -19,7 +19,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.artifacts import sha256_hex
 from pipeline.errors import InputError
-from pipeline.storage import StoreError
+from pipeline.remote import StoreError
 from shards.format.build import MAX_SHARD_BYTES
 from shards.format.index import codes_of
 from shards.format.manifest import DamageError, Dataset, ShardInfo, check_foreign_tar

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from pipeline import storage
 from pipeline.errors import InputError
-from pipeline.storage import FileStat, UnfinishedWrite
+from pipeline.storage import FileStat
 from shards.dataset.parts import PLAN, open_part, parts, places
 from shards.format.manifest import MANIFEST, ShardTable, read_manifest, shard_name
 from shards.sources.table import SOURCES
@@ -38,7 +38,7 @@ class Garbage:
 
     url: str
     objects: tuple[FileStat, ...]
-    writes: tuple[UnfinishedWrite, ...]
+    writes: tuple[FileStat, ...]
     young: int
     others: tuple[FileStat, ...]
 
@@ -77,8 +77,8 @@ def find_garbage(url: str, *, older_than_s: float = DAY_S) -> Garbage:
             young += 1
         else:
             objects.append(found)
-    writes = list(storage.unfinished_writes(url))
-    stale = tuple(write for write in writes if now - write.modified > older_than_s)
+    writes = list(storage.temporary_files(url))
+    stale = tuple(write for write in writes if now - (write.modified or now) > older_than_s)
     return Garbage(
         url=url,
         objects=tuple(objects),
@@ -92,7 +92,7 @@ def delete(garbage: Garbage) -> None:
     """Delete objects, and abort writes, that were found to be garbage."""
     for _ in in_order(storage.remove, (found.url for found in garbage.objects)):
         pass
-    for _ in in_order(storage.discard, garbage.writes):
+    for _ in in_order(storage.remove, (write.url for write in garbage.writes)):
         pass
 
 

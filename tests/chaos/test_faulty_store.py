@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from pipeline import storage
+from pipeline import remote, storage
 from pipeline.artifacts import sha256_hex
 from pipeline.cluster.config import ClusterConfig
 from pipeline.cluster.items import map_items
-from pipeline.storage import StoreError
+from pipeline.remote import StoreError
 from shards.format.index import codes_of, read_rejects
 from shards.format.manifest import Dataset, open_dataset, read_shard_index
 from shards.pixels.views import decode_crop
@@ -143,7 +143,7 @@ def test_many_threads_and_many_seeds(
         assert tree(root) == tree(local)
 
 
-IMPATIENT = storage.Patience(
+IMPATIENT = remote.RetryPolicy(
     connect_s=0.2, answer_s=0.2, request_s=1, retry_s=0.25, first_wait_s=0.02, longest_wait_s=0.1
 )
 """The store is given a quarter of a second."""
@@ -162,7 +162,7 @@ def test_a_pass_on_a_store_that_never_recovers_ends_with_its_name_and_goes_on_la
     commit.start(root, tiny.plan)
     fault_proxy.faults = faults
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "PATIENCE", IMPATIENT)
+        patch.setattr(remote, "RETRIES", IMPATIENT)
         with pytest.raises(StoreError, match=rf"{root}/\S+: the store did not recover in .* attempts"):
             write_in_process(root, tiny)
     fault_proxy.faults = Faults()

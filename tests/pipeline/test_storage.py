@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pipeline import storage
+from pipeline import remote, storage
 from pipeline.errors import InputError
-from pipeline.storage import StoreError
+from pipeline.remote import StoreError
 
 if TYPE_CHECKING:
     from tests.chaos.proxy import FaultProxy
@@ -217,7 +217,6 @@ def test_a_large_object_whose_last_answer_was_lost_is_there(fault_proxy: FaultPr
     for name in ("put", "once", "again"):
         assert storage.read(f"{s3_url}/{name}") == data
     assert fault_proxy.counts["drop_after"] == 2 and fault_proxy.counts["cut"] == 1
-    assert list(storage.unfinished_writes(s3_url)) == []
 
 
 def test_a_conflict_of_two_creators_is_tried_again(fault_proxy: FaultProxy, s3_url: str) -> None:
@@ -231,10 +230,10 @@ def test_a_conflict_of_two_creators_is_tried_again(fault_proxy: FaultProxy, s3_u
 @pytest.fixture
 def no_patience(fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """A store that is given a fifth of a second."""
-    patience = storage.Patience(
+    patience = remote.RetryPolicy(
         connect_s=0.2, answer_s=0.15, request_s=1, retry_s=0.2, first_wait_s=0.02, longest_wait_s=0.1
     )
-    monkeypatch.setattr(storage, "PATIENCE", patience)
+    monkeypatch.setattr(remote, "RETRIES", patience)
     yield fault_proxy
 
 
@@ -280,7 +279,7 @@ def test_what_will_not_pass_is_said_at_once(
         monkeypatch.delenv(key)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
-    monkeypatch.setattr(storage, "_clients", {})
+    monkeypatch.setattr(remote, "_clients", {})
     with pytest.raises(InputError, match=rf"cannot use {s3_url}/x: .*credentials"):
         storage.put(f"{s3_url}/x", b"x")
     assert fault_proxy.counts["requests"] == before

@@ -16,7 +16,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import InputError
-from pipeline.storage import StoreError
+from pipeline.remote import RetryPolicy, StoreError
 from shards.format.manifest import Dataset, ShardInfo, open_dataset
 from shards.reader import disk_cache as node_cache
 from shards.reader import open_shards as cache
@@ -181,9 +181,9 @@ def test_a_store_that_never_recovers_is_named(
     monkeypatch: pytest.MonkeyPatch,
     faults: Faults,
 ) -> None:
-    patience = storage.Patience(connect_s=0.2, answer_s=0.2, request_s=1, retry_s=0.3, first_wait_s=0.02)
-    monkeypatch.setattr(storage, "PATIENCE", patience)
-    monkeypatch.setattr(storage, "_clients", {})
+    patience = RetryPolicy(connect_s=0.2, answer_s=0.2, request_s=1, retry_s=0.3, first_wait_s=0.02)
+    monkeypatch.setattr("pipeline.remote.RETRIES", patience)
+    monkeypatch.setattr(remote, "_clients", {})
     fault_proxy.faults = faults
     with pytest.raises(StoreError, match=rf"shard v0\d-0000\d: {remote.url}/\S+: the store did not recover"):
         read(make_reader())
