@@ -183,7 +183,7 @@ def test_a_store_that_never_recovers_is_named(
 ) -> None:
     patience = RetryPolicy(connect_s=0.2, answer_s=0.2, request_s=1, retry_s=0.3, first_wait_s=0.02)
     monkeypatch.setattr("pipeline.remote.RETRIES", patience)
-    monkeypatch.setattr(remote, "_clients", {})
+    monkeypatch.setattr("pipeline.remote._clients", {})
     fault_proxy.faults = faults
     with pytest.raises(StoreError, match=rf"shard v0\d-0000\d: {remote.url}/\S+: the store did not recover"):
         read(make_reader())
