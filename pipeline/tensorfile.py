@@ -1,6 +1,6 @@
 """Other people's checkpoints, read without running what is in them: torch's .pth and .pt, and safetensors.
 
-Which of them a file is decides its content, not its name. Nothing here knows what the tensors mean.
+The content of a file decides its format, not its name. Nothing here knows what the tensors mean.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import pickle
-import pickletools
 import re
 import tempfile
 import warnings
@@ -31,7 +29,7 @@ WRAPPERS = ("model", "state_dict", "module")
 """Where training checkpoints keep the tensors, beside optimizer and arguments."""
 
 _UNREADABLE_S = 20.0
-"""How long a store that does not answer is asked again: a mistyped address should be known soon."""
+"""Seconds for which a store that does not answer is asked again: a mistyped address should be known soon."""
 
 _DATA_ONLY = (argparse.Namespace,)
 """Types beside torch's own that a file may hold: published checkpoints carry the arguments of their run."""
@@ -62,25 +60,23 @@ def read_tensors(url: str, *, drop: Sequence[str] = (), wrappers: Sequence[str] 
     with _local_copy(url, shown) as path:
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        found = _load(path, shown)
+        state = _load(path, shown)
     for _ in range(len(wrappers)):
-        inner = [found[name] for name in wrappers if isinstance(found, Mapping) and name in found]
-        inner = [value for value in inner if isinstance(value, Mapping)]
-        if inner:
-            found = inner[0]
-    if not isinstance(found, Mapping) or not found:
-        held = "nothing" if isinstance(found, Mapping) else f"a {type(found).__name__}"
-        raise InputError(f"{shown} holds {held}, not a state dict; give a file of named tensors")
-    if not all(isinstance(key, str) for key in found):
+        inner = [state[name] for name in wrappers if isinstance(state, Mapping) and name in state]
+        state = next((value for value in inner if isinstance(value, Mapping)), state)
+    if not isinstance(state, Mapping) or not state:
+        content = "nothing" if isinstance(state, Mapping) else f"a {type(state).__name__}"
+        raise InputError(f"{shown} holds {content}, not a state dict; give a file of named tensors")
+    if not all(isinstance(key, str) for key in state):
         raise InputError(f"{shown} has keys that are no names; give a state dict")
-    if all(key.startswith("module.") for key in found):
-        found = {key.removeprefix("module."): value for key, value in found.items()}
-    kept = {key: value for key, value in found.items() if not key.startswith(tuple(drop))}
-    for key, value in kept.items():
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    tensors = {key: value for key, value in state.items() if not key.startswith(tuple(drop))}
+    for key, value in tensors.items():
         if not _is_plain(value):
             kind = "no plain" if isinstance(value, Tensor) else f"a {type(value).__name__}, not a"
             raise InputError(f"{shown}: {key} is {kind} tensor; give a state dict")
-    return TensorFile(url=shown, sha256=sha256, tensors={key: value.detach() for key, value in kept.items()})
+    return TensorFile(url=shown, sha256=sha256, tensors={key: t.detach() for key, t in tensors.items()})
 
 
 def match(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], url: str, what: str) -> None:
@@ -173,8 +169,8 @@ def _local_copy(url: str, shown: str) -> Iterator[str]:
     except InputError:
         raise
     except Exception as error:  # every store's client has errors of its own
-        said = _one_line(f"{type(error).__name__}: {error}".replace(url, shown))
-        raise InputError(f"cannot read {shown}: {said}; check the URL and that it may be read") from None
+        reason = _one_line(f"{type(error).__name__}: {error}".replace(url, shown))
+        raise InputError(f"cannot read {shown}: {reason}; check the URL and that it may be read") from None
     with tempfile.NamedTemporaryFile(prefix="checkpoint-") as file:
         file.write(data)
         file.flush()
@@ -202,59 +198,15 @@ def _load(path: str, url: str) -> Any:
         ):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes fail anywhere in a parser
-        if asked := _refused_global(str(error)) or _first_global(path):
+        if (refused := re.search(r"GLOBAL (\S+)", str(error))) is not None:
             raise InputError(
-                f"{url} asks for {asked}, which could run code; nothing was executed. Give a file of tensors "
-                "alone: torch.save of a state dict, or safetensors"
+                f"{url} asks for {refused[1]}, which could run code; nothing was executed. Give a file of "
+                "tensors alone: torch.save of a state dict, or safetensors"
             ) from None
         raise InputError(
             f"{url} is no checkpoint, or cut or damaged ({_first_sentence(error)}); "
             "give a .pth of a state dict or a .safetensors, and download or copy it again"
         ) from None
-
-
-def _refused_global(message: str) -> str | None:
-    """The name that torch's restricted unpickler says it refused."""
-    found = re.search(r"GLOBAL (\S+)", message)
-    return found[1] if found else None
-
-
-def _first_global(path: str) -> str | None:
-    """The first class or function that a pickle names, found by reading its opcodes; None if it names none.
-
-    For pickles of a protocol that torch's restricted unpickler does not know: it gives up before the name.
-    """
-    recent: list[str] = []
-    top: str | None = None
-    memo: dict[Any, str | None] = {}
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-                with archive.open(name) as file:
-                    pickled = file.read(1 << 26)
-        else:
-            with open(path, "rb") as file:
-                pickled = file.read(1 << 26)
-        if not pickled.startswith(pickle.PROTO):
-            return None  # text can look like opcodes
-        for opcode, argument, _ in pickletools.genops(pickled):
-            if opcode.name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
-                memo[len(memo) if argument is None else argument] = top
-                continue
-            if opcode.name == "GLOBAL":
-                recent = str(argument).split(" ")
-            elif opcode.name != "STACK_GLOBAL":
-                top = memo.get(argument) if opcode.name in ("BINGET", "LONG_BINGET") else argument
-                top = top if isinstance(top, str) else None
-                recent = recent if top is None else [*recent[-1:], top]
-                continue
-            asked = ".".join(recent[-2:])
-            if not asked.startswith(("torch.", "collections.OrderedDict", "argparse.Namespace")):
-                return asked
-    except Exception:  # it is only asked for a name, of a file that is refused in any case
-        return None
-    return None
 
 
 def _is_plain(value: Any) -> bool:
@@ -270,8 +222,8 @@ def _is_plain(value: Any) -> bool:
 
 def _first_sentence(error: Exception) -> str:
     """What torch says went wrong, without its advice to load the file anyway."""
-    said = str(error).split("WeightsUnpickler error:")[-1]
-    return _one_line(said.split("Check the documentation")[0].split(". ")[0]) or type(error).__name__
+    text = str(error).split("WeightsUnpickler error:")[-1]
+    return _one_line(text.split("Check the documentation")[0].split(". ")[0]) or type(error).__name__
 
 
 def _one_line(text: str) -> str:

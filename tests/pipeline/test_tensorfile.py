@@ -101,7 +101,8 @@ def test_from_a_url_whose_query_is_kept_out_of_what_is_said(tmp_path: Path, serv
 
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("place", ["zip", "bare", "inside a state dict"])
-def test_a_pickle_with_code_is_refused_by_the_name_of_what_it_calls(tmp_path: Path, protocol, place):
+def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path: Path, protocol, place):
+    """Of a protocol that torch's restricted unpickler knows, the name of what it calls is told too."""
     victim, path = tmp_path / "victim", tmp_path / "weights.pth"
     trap = Trap(victim)
     match place:
@@ -111,7 +112,8 @@ def test_a_pickle_with_code_is_refused_by_the_name_of_what_it_calls(tmp_path: Pa
             path.write_bytes(pickle.dumps(trap, protocol=protocol))
         case "inside a state dict":
             torch.save({"model": {**STATE, "d": trap}}, path, pickle_protocol=protocol)
-    with pytest.raises(InputError, match=r"asks for \S*open, .*nothing was executed") as caught:
+    reason = r"asks for \S*open, .*nothing was executed" if protocol == 2 else "no checkpoint"
+    with pytest.raises(InputError, match=reason) as caught:
         read_tensors(str(path))
     assert not victim.exists() and "\n" not in str(caught.value)
 
@@ -170,7 +172,7 @@ def test_torchscript_is_refused(tmp_path: Path, recwarn):
     path = tmp_path / "model.pt"
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)
     before = len(recwarn)  # of torch.jit itself
-    with pytest.raises(InputError, match="asks for __torch__"):
+    with pytest.raises(InputError, match="TorchScript"):
         read_tensors(str(path))
     assert len(recwarn) == before
 
