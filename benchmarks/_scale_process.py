@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 
 from pipeline import storage
-from shards.format.manifest import open_dataset
+from shards.dataset.dataset import open_dataset
 from shards.format.plan import Plan
 from shards.pixels.views import decode_crop
 from shards.writer.commit import PLAN, finish, start, unfinished

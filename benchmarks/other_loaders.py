@@ -54,7 +54,7 @@ from torch.utils.data import get_worker_info
 from benchmarks import reader as ours
 from pipeline.config import run_job
 from pipeline.errors import InputError
-from shards.format.manifest import Dataset, open_dataset
+from shards.dataset.dataset import Dataset, open_dataset
 from shards.pixels.views import decode_crop
 from shards.reader.reader import ShardReader
 

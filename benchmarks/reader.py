@@ -54,8 +54,8 @@ from webdataset.compat import WebDataset, WebLoader
 from pipeline import storage
 from pipeline.config import run_job
 from pipeline.errors import InputError
+from shards.dataset.dataset import Dataset, open_dataset
 from shards.format.build import build_shard
-from shards.format.manifest import Dataset, open_dataset
 from shards.format.plan import Plan
 from shards.format.records import StoredSample
 from shards.pixels.views import CropBox, decode_crop, encode_crop

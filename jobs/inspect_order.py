@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.config import run_job
 from pipeline.errors import InputError
 from shards.dataset.corpus import SubsetConfig, namespaced_key, open_corpus
-from shards.format.manifest import Dataset
+from shards.dataset.dataset import Dataset
 from shards.reader.disk_cache import CacheConfig
 from shards.reader.order import ORDER_VERSION, Order, batch_plans, view_of_epoch
 from shards.reader.reader import order_shape

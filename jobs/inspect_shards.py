@@ -9,8 +9,8 @@ import json
 from dataclasses import dataclass
 
 from pipeline.config import run_job
+from shards.dataset.dataset import open_dataset
 from shards.dataset.summary import as_text, summarize
-from shards.format.manifest import open_dataset
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.config import run_job
 from pipeline.errors import InputError
-from shards.format.manifest import Dataset, open_dataset
+from shards.dataset.dataset import Dataset, open_dataset
 from shards.upkeep.rebuild import Encoder
 from shards.upkeep.recover import OpenedPart
 from shards.upkeep.repair import Repair, repair_dataset

@@ -17,7 +17,7 @@ from pipeline.config import identity, run_job
 from pipeline.errors import InputError
 from pretrain.evals.codebook import CodebookFindings, examine_codebook, sampled_likeness
 from shards.dataset.crop_sample import draw_sample
-from shards.format.manifest import Dataset, open_dataset
+from shards.dataset.dataset import Dataset, open_dataset
 from tokenizer.model.artifact import load_vqkd, read_tokenizer
 
 ARTIFACT = "codebook"

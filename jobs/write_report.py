@@ -28,8 +28,8 @@ from pipeline.errors import InputError
 from pipeline.training import metrics
 from pretrain.evals.codebook import MIN_PATCHES
 from pretrain.model.mim import load_mim
+from shards.dataset.dataset import Dataset
 from shards.dataset.summary import code_statistics, count_codes
-from shards.format.manifest import Dataset
 from shards.pixels.views import ViewPolicy
 from shards.reader.reader import ShardReader
 from tokenizer.model.artifact import VisualTokenizer, load_vqkd, read_tokenizer

@@ -39,7 +39,7 @@ from pretrain.masking import MaskConfig, block_masks
 from pretrain.model.backbone import ARTIFACT, BackboneSize, read_backbone_header, save_backbone
 from pretrain.model.mim import MIM, MIMConfig, masked_patches, mim_figures, mim_header, mim_loss
 from shards.dataset.corpus import SubsetConfig, open_corpus, split_urls
-from shards.format.manifest import Dataset
+from shards.dataset.dataset import Dataset
 from shards.pixels.views import ViewPolicy
 from shards.reader.disk_cache import CacheConfig
 from shards.reader.figures import ReaderReports

@@ -38,7 +38,7 @@ from pipeline.training.optim import (
 from pipeline.training.step import RunningMeans, require_finite, synchronized, to_device
 from pipeline.training.worker import Worker
 from shards.dataset.corpus import SubsetConfig, open_corpus, split_urls
-from shards.format.manifest import Dataset, open_dataset
+from shards.dataset.dataset import Dataset, open_dataset
 from shards.pixels.views import ViewPolicy
 from shards.reader.disk_cache import CacheConfig
 from shards.reader.figures import ReaderReports

@@ -28,8 +28,8 @@ from jobs.report.sheets import (
 )
 from pretrain.evals.codebook import PRIOR, CodebookFindings, Example, PlacedCode, ShownCode
 from shards.dataset.codes import SHIFTS
+from shards.dataset.dataset import Dataset
 from shards.dataset.summary import CodeStatistics
-from shards.format.manifest import Dataset
 
 MARK = "<!-- written by jobs.visualize_codebook -->"
 CROP, SHEET_CROP = 128, 102

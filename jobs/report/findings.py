@@ -14,7 +14,8 @@ from pipeline.errors import InputError
 from pipeline.training import metrics
 from pretrain.evals import probe
 from pretrain.model.backbone import read_backbone_header
-from shards.format.manifest import MANIFEST, Dataset, open_dataset
+from shards.dataset.dataset import Dataset, open_dataset
+from shards.format.manifest import MANIFEST
 from tokenizer.model.artifact import read_tokenizer
 
 

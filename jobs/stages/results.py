@@ -15,7 +15,7 @@ from pipeline import artifacts
 from pipeline.errors import InputError
 from pretrain.evals.intervals import wilson_interval
 from pretrain.segment.score import Score
-from shards.format.manifest import open_dataset
+from shards.dataset.dataset import open_dataset
 
 DASH: Literal["–"] = "–"
 CONTROL = "a control"

@@ -25,8 +25,8 @@ from pipeline.errors import InputError
 from pipeline.training.metrics import Progress
 from shards.dataset.codes import CodeCounts, count_places_and_classes
 from shards.dataset.crop_sample import CropSample
+from shards.dataset.dataset import Dataset
 from shards.dataset.summary import CodeStatistics, code_statistics, codebook_size
-from shards.format.manifest import Dataset
 from tokenizer.model.hog import Hog
 
 # Shapes below: n images of S pixels a side, a square grid of N patches of P pixels a side, K codes, T values

@@ -29,7 +29,7 @@ from pretrain.evals.features import (
     extract_features,
     read_labels,
 )
-from shards.format.manifest import Dataset
+from shards.dataset.dataset import Dataset
 
 ARTIFACT = "features"
 FILE = "features.safetensors"

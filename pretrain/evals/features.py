@@ -14,7 +14,7 @@ from pipeline.errors import InputError
 from pipeline.training.metrics import Progress
 from pipeline.training.step import to_device
 from pretrain.model.backbone import Backbone
-from shards.format.manifest import Dataset
+from shards.dataset.dataset import Dataset
 from shards.pixels.views import ViewPolicy
 from shards.reader.reader import SampleBatch, ShardReader
 

@@ -22,7 +22,8 @@ from pipeline.artifacts import sha256_hex
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from pretrain.evals.features import UNLABELLED, read_labels
-from shards.format.manifest import MANIFEST, open_dataset
+from shards.dataset.dataset import open_dataset
+from shards.format.manifest import MANIFEST
 from shards.sources.listing import SourceConfig, list_sources
 from shards.sources.table import Source, rows_of
 from shards.sources.tars import IMAGE_EXTENSIONS

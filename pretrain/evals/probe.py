@@ -57,7 +57,7 @@ from pretrain.evals.linear import LabelledFeatures, Sweep, choose_lr, train_clas
 from pretrain.evals.probe_result import KnnScore, ProbeResult, Score, percent
 from pretrain.model.backbone import Backbone, load_backbone, read_backbone_header
 from shards.dataset.corpus import SubsetConfig, open_corpus, split_urls
-from shards.format.manifest import Dataset, open_dataset
+from shards.dataset.dataset import Dataset, open_dataset
 
 ARTIFACT = "probe"
 

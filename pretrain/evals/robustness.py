@@ -42,7 +42,7 @@ from pretrain.evals.robustness_result import (
 )
 from pretrain.finetune.train import TOP_K, default_center_fraction
 from pretrain.model.artifacts import classifier_config, load_classifier, read_classifier_header
-from shards.format.manifest import open_dataset
+from shards.dataset.dataset import open_dataset
 from shards.pixels.views import ViewPolicy
 from shards.reader.reader import ShardReader
 

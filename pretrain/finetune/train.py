@@ -52,7 +52,7 @@ from pretrain.model.artifacts import ARTIFACT
 from pretrain.model.backbone import BackboneSize
 from pretrain.model.classifier import Pooling
 from shards.dataset.corpus import SubsetConfig, open_corpus, split_urls
-from shards.format.manifest import Dataset, open_dataset
+from shards.dataset.dataset import Dataset, open_dataset
 from shards.pixels.views import CENTER_FRACTION, ViewPolicy
 from shards.reader.reader import SampleBatch, ShardReader
 from tokenizer.model.teacher import TeacherConfig, with_absolute_weights

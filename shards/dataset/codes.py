@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.training.metrics import Progress
+from shards.dataset.dataset import Dataset
 from shards.dataset.summary import add_codes, codebook_size
 from shards.format.index import codes_of
-from shards.format.manifest import Dataset
 
 UNLABELLED = -1
 SHIFTS = 4

@@ -15,7 +15,8 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.artifacts import canonical_json, differences, fingerprint, sha256_hex
 from pipeline.errors import InputError
-from shards.format.manifest import Dataset, Kind, Manifest, ShardInfo, open_dataset
+from shards.dataset.dataset import Dataset, open_dataset
+from shards.format.manifest import Kind, Manifest, ShardInfo
 from shards.format.records import MAX_SAMPLE_ID, sample_key
 
 _READ_AT_ONCE = 16

@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.errors import InputError
+from shards.dataset.dataset import Dataset
 from shards.dataset.summary import codebook_size, require_codes
 from shards.format.index import codes_of
-from shards.format.manifest import Dataset
 from shards.pixels.views import decode_crop
 
 SAMPLED_SHARDS = 64

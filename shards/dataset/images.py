@@ -11,7 +11,9 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.errors import InputError
-from shards.format.manifest import Dataset, ShardInfo, check_foreign_tar, read_checked, read_shard_index
+from shards.dataset.dataset import Dataset
+from shards.dataset.rows import check_foreign_tar, read_checked, read_shard_index
+from shards.format.manifest import ShardInfo
 
 COLUMNS = ("sample_id", "image_offset", "image_bytes", "image_hash", "source", "label")
 

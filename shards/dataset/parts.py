@@ -16,7 +16,8 @@ from typing import Literal
 
 from pipeline import storage
 from pipeline.errors import InputError
-from shards.format.manifest import MANIFEST, Manifest, ShardTable, open_table, read_manifest
+from shards.dataset.dataset import ShardTable, open_table
+from shards.format.manifest import MANIFEST, Manifest, read_manifest
 from shards.format.plan import Plan
 
 PartKind = Literal["base", "views", "codes"]

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import InputError
+from shards.dataset.dataset import Dataset
 from shards.dataset.parts import Part, PartKind, open_part, parts, views_in_words
 from shards.format.index import codes_of
-from shards.format.manifest import Dataset, Kind, ShardInfo
+from shards.format.manifest import Kind, ShardInfo
 
 LISTED_CODES = 8
 """So many of the most and of the least used codes, and of the dead ones, are listed."""

@@ -20,9 +20,11 @@ from pipeline import storage
 from pipeline.artifacts import sha256_hex
 from pipeline.errors import InputError
 from pipeline.remote import StoreError
+from shards.dataset.dataset import Dataset
+from shards.dataset.rows import check_foreign_tar
 from shards.format.build import MAX_SHARD_BYTES
 from shards.format.index import codes_of
-from shards.format.manifest import DamageError, Dataset, ShardInfo, check_foreign_tar
+from shards.format.manifest import DamageError, ShardInfo
 from shards.reader.disk_cache import CacheConfig, CachedObject, MappedFile, NodeCache, map_file
 from shards.reader.figures import Telemetry
 

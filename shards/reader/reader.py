@@ -25,7 +25,8 @@ import numpy as np
 
 from pipeline.errors import InputError
 from shards.dataset.corpus import Corpus, namespaced_key
-from shards.format.manifest import Dataset, probe_shard
+from shards.dataset.dataset import Dataset
+from shards.dataset.rows import probe_shard
 from shards.format.records import MAX_SAMPLE_ID
 from shards.pixels.decode import DecodeConfig, Rejected, decode_config_of, decode_image
 from shards.pixels.views import (

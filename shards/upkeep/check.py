@@ -17,6 +17,8 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.artifacts import sha256_hex
 from pipeline.errors import InputError
+from shards.dataset.dataset import ShardTable
+from shards.dataset.rows import check_foreign_tar, pixels_hash
 from shards.format.build import EXTENSION, npy_bytes
 from shards.format.index import (
     REJECTS_SCHEMA,
@@ -27,7 +29,7 @@ from shards.format.index import (
     read_index,
     read_rejects,
 )
-from shards.format.manifest import Manifest, ProbeEntry, ShardInfo, ShardTable, check_foreign_tar, pixels_hash
+from shards.format.manifest import Manifest, ProbeEntry, ShardInfo
 from shards.format.plan import Item
 from shards.format.records import sample_key
 from shards.format.tar import TarError, build_tar, iter_members

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.storage import FileStat
+from shards.dataset.dataset import ShardTable
 from shards.dataset.parts import PLAN, open_part, parts, places
-from shards.format.manifest import MANIFEST, ShardTable, read_manifest, shard_name
+from shards.format.manifest import MANIFEST, read_manifest, shard_name
 from shards.sources.table import SOURCES
 from shards.writer.commit import RUN_CONFIG, Receipt, in_order
 

@@ -15,20 +15,12 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
+from shards.dataset.dataset import Dataset, ShardTable
 from shards.dataset.images import ImageSample, read_crops, read_images
+from shards.dataset.rows import Decode, read_checked, read_shard_index, read_shard_rejects
 from shards.format.build import BuiltShard, ForeignTar, build_shard
 from shards.format.index import codes_of
-from shards.format.manifest import (
-    DamageError,
-    Dataset,
-    Decode,
-    Manifest,
-    ShardInfo,
-    ShardTable,
-    read_checked,
-    read_shard_index,
-    read_shard_rejects,
-)
+from shards.format.manifest import DamageError, Manifest, ShardInfo
 from shards.format.records import RejectedSample, StoredSample, sample_key
 from shards.format.tar import iter_members
 from shards.pixels.decode import Rejected, decode, decode_config_of, decode_image

@@ -18,17 +18,10 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.artifacts import sha256_hex
 from pipeline.errors import InputError
+from shards.dataset.dataset import ShardTable
 from shards.dataset.parts import PLAN, PartKind
-from shards.format.manifest import (
-    MANIFEST,
-    DamageError,
-    Manifest,
-    ShardTable,
-    TableWriter,
-    read_checked,
-    read_manifest,
-    shard_name,
-)
+from shards.dataset.rows import read_checked
+from shards.format.manifest import MANIFEST, DamageError, Manifest, TableWriter, read_manifest, shard_name
 from shards.format.plan import Plan, items
 from shards.writer.commit import CommitError, Receipt, Summary, collect, in_order, manifest_of
 

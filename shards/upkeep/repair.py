@@ -19,8 +19,10 @@ from pipeline import storage
 from pipeline.artifacts import sha256_hex
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
+from shards.dataset.dataset import Dataset, ShardTable, views_url
+from shards.dataset.rows import read_shard_rejects
 from shards.format.build import BuildError, BuiltShard
-from shards.format.manifest import Dataset, ShardInfo, ShardTable, read_shard_rejects, views_url
+from shards.format.manifest import ShardInfo
 from shards.sources.listing import SourceConfig, list_sources
 from shards.sources.table import SOURCES, read_sources, split_by_content
 from shards.upkeep.check import reasons_of

@@ -23,8 +23,9 @@ from pipeline import storage
 from pipeline.artifacts import differences, sha256_hex
 from pipeline.errors import InputError
 from pipeline.training.metrics import Progress
+from shards.dataset.dataset import ShardTable, views_url
 from shards.dataset.parts import places
-from shards.format.manifest import MANIFEST, ShardTable, views_url
+from shards.format.manifest import MANIFEST
 from shards.format.plan import items
 from shards.sources.table import SOURCES
 from shards.upkeep.check import NOT_AS_WRITTEN, Found, ShardChecker, Tally, decode_settings, view_policy

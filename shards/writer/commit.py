@@ -27,18 +27,16 @@ import numpy as np
 from pipeline import storage
 from pipeline.artifacts import canonical_json, code_version, differences, sha256_hex
 from pipeline.errors import InputError
+from shards.dataset.rows import Decode, check_foreign_tar, probe_shard
 from shards.format.build import BuiltShard
 from shards.format.index import FORMAT_VERSION
 from shards.format.manifest import (
     MANIFEST,
-    Decode,
     Manifest,
     ProbeEntry,
     ShardInfo,
     TableName,
     TableWriter,
-    check_foreign_tar,
-    probe_shard,
     read_manifest,
 )
 from shards.format.plan import Item, Plan, items

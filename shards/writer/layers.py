@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.errors import InputError
+from shards.dataset.dataset import ShardTable, views_url
 from shards.format.build import BuildError, BuiltShard, PixelTar
 from shards.format.index import (
     FORMAT_VERSION,
@@ -26,7 +27,7 @@ from shards.format.index import (
     read_index,
     write_table,
 )
-from shards.format.manifest import ShardInfo, ShardTable, views_url
+from shards.format.manifest import ShardInfo
 from shards.format.plan import Plan
 from shards.format.records import sample_key
 

@@ -17,8 +17,9 @@ from pipeline.artifacts import sha256_hex
 from pipeline.cluster.config import ClusterConfig
 from pipeline.cluster.items import map_items
 from pipeline.remote import StoreError
+from shards.dataset.dataset import Dataset, open_dataset
+from shards.dataset.rows import read_shard_index
 from shards.format.index import codes_of, read_rejects
-from shards.format.manifest import Dataset, open_dataset, read_shard_index
 from shards.pixels.views import decode_crop
 from shards.writer import commit
 from tests.chaos.proxy import Faults

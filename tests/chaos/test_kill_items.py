@@ -16,7 +16,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import InputError
-from shards.format.manifest import open_dataset
+from shards.dataset.dataset import open_dataset
 from tests.chaos.tiny_pass import ForkedPasses, Steps, TinyPass, check_receipts, tree
 
 if TYPE_CHECKING:

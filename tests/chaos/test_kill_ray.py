@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.format.manifest import open_dataset
+from shards.dataset.dataset import open_dataset
 from tests.chaos.tiny_pass import TinyPass, check_receipts, tree
 from tests.conftest import ROOT, _descendants, _end_with_parent, _free_port, _started
 

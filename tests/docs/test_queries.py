@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shards.dataset.dataset import layer_url, open_table, views_url
 from shards.format.build import build_shard
-from shards.format.manifest import layer_url, open_table, views_url
 from shards.format.plan import Plan
 from shards.format.records import StoredSample, sample_key
 from shards.pixels.views import CropBox, decode_crop, encode_crop

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from jobs.inspect_order import InspectOrderConfig, main
 from pipeline.errors import InputError
 from shards.dataset.corpus import SubsetConfig
+from shards.dataset.dataset import open_dataset
 from shards.format.build import build_shard
-from shards.format.manifest import open_dataset
 from shards.format.plan import Plan
 from shards.format.records import RejectedSample, StoredSample
 from shards.pixels.views import CropBox, decode_crop, encode_crop

@@ -13,7 +13,7 @@ import pytest
 from jobs.verify_shards import VerifyConfig, main
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
-from shards.format.manifest import open_dataset
+from shards.dataset.dataset import open_dataset
 from shards.writer.prepare import PrepareConfig, prepare_images
 
 ROOT = Path(__file__).resolve().parents[2]

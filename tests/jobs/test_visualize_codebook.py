@@ -182,7 +182,7 @@ def test_classes_are_those_of_the_images_that_hold_the_code(shown: Path):
 
 def test_neighbours_are_the_nearest_codes_of_the_tokenizer(shown: Path, tokenizer: str, tokens: str):
     from jobs.visualize_codebook import read_codebook
-    from shards.format.manifest import open_dataset
+    from shards.dataset.dataset import open_dataset
 
     vectors = read_codebook(tokenizer, open_dataset(tokens))
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)

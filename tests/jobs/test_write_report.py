@@ -25,8 +25,8 @@ from pipeline.errors import InputError
 from pretrain.evals.probe import ProbeResult, Score, compare, wilson_interval
 from pretrain.model.backbone import Backbone, BackboneConfig, save_backbone
 from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig, mim_header
+from shards.dataset.dataset import open_dataset
 from shards.dataset.summary import code_statistics, count_codes
-from shards.format.manifest import open_dataset
 from shards.pixels.views import ViewPolicy
 from shards.writer.prepare import PrepareConfig, prepare_images
 from tokenizer.model.artifact import VisualTokenizer, save_tokenizer

@@ -14,9 +14,10 @@ from pipeline.errors import InputError
 from pretrain.model.backbone import BackboneSize
 from pretrain.model.mim import MIMConfig, PatchAggregationConfig
 from pretrain.train import PretrainConfig, pretrain_mim
+from shards.dataset.dataset import open_dataset, views_url
 from shards.dataset.parts import read_plan
 from shards.format.build import build_shard
-from shards.format.manifest import open_dataset, read_manifest, views_url
+from shards.format.manifest import read_manifest
 from shards.format.records import StoredSample
 from shards.pixels.views import CropBox, decode_crop, encode_crop
 from shards.writer.commit import commit, finish, pending, start

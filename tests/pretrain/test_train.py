@@ -21,7 +21,7 @@ from pipeline.training.optim import OptimConfig, set_lr
 from pretrain.model.backbone import BackboneSize, load_backbone, read_backbone_header
 from pretrain.model.mim import MIMConfig, PatchAggregationConfig, load_mim
 from pretrain.train import PretrainConfig, pretrain_mim
-from shards.format.manifest import open_dataset
+from shards.dataset.dataset import open_dataset
 from shards.reader.reader import SampleBatch, ShardReader
 from tests.pipeline.gloo_group import GlooGroups, GroupKilledError, check_nothing_lost_nothing_twice
 

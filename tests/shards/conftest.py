@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from pipeline.cluster.config import ClusterConfig
+from shards.dataset.dataset import Dataset, layer_url, open_dataset, open_table, views_url
 from shards.dataset.images import ImageSample, read_crops, read_images
 from shards.format.build import ForeignTar, build_shard
-from shards.format.manifest import Dataset, Manifest, layer_url, open_dataset, open_table, views_url
+from shards.format.manifest import Manifest
 from shards.format.plan import items
 from shards.format.records import RejectedSample, StoredSample
 from shards.pixels.decode import DecodeConfig, Rejected, decode_image, decode_recipe

@@ -19,7 +19,7 @@ from pipeline.training.checkpoints import CheckpointStore
 from pipeline.training.interruption import InterruptedRunError
 from pipeline.training.metrics import read_metrics
 from pipeline.training.worker import Worker
-from shards.format.manifest import open_dataset
+from shards.dataset.dataset import open_dataset
 from shards.reader.reader import ShardReader
 from tests.pipeline.gloo_group import GlooGroups, GroupKilledError, check_nothing_lost_nothing_twice
 from tokenizer.model.teacher import TeacherConfig, build_teacher

@@ -21,9 +21,9 @@ from pipeline import storage
 from pipeline.artifacts import differences
 from pipeline.errors import InputError
 from pipeline.training.metrics import duration
+from shards.dataset.dataset import Dataset, ShardTable, open_dataset, open_table
 from shards.dataset.images import ImageSample, read_rows
 from shards.dataset.parts import read_plan, views_in_words
-from shards.format.manifest import Dataset, ShardTable, open_dataset, open_table
 from shards.format.plan import Plan
 from shards.format.records import RejectedSample
 from shards.pixels.decode import decode_config_of

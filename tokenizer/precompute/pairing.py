@@ -20,8 +20,10 @@ from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.training.metrics import Progress
 from pipeline.training.optim import Precision
+from shards.dataset.dataset import ShardTable, views_url
+from shards.dataset.rows import read_shard_index
 from shards.format.index import codes_of
-from shards.format.manifest import Manifest, ShardInfo, ShardTable, read_shard_index, views_url
+from shards.format.manifest import Manifest, ShardInfo
 from shards.pixels.views import decode_crop
 from shards.upkeep.check import is_chosen
 from shards.upkeep.recover import OpenedPart

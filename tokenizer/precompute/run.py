@@ -31,10 +31,11 @@ from pipeline.config import identity, to_dict
 from pipeline.errors import InputError
 from pipeline.training.metrics import Progress
 from pipeline.training.optim import Precision
+from shards.dataset.dataset import Dataset, layer_url, open_dataset, open_table, views_url
 from shards.dataset.images import ImageSample, StoredCrop, read_crops, read_images, sample_ids
 from shards.dataset.parts import read_plan, views_in_words
 from shards.format.build import build_shard
-from shards.format.manifest import MANIFEST, Dataset, Manifest, layer_url, open_dataset, open_table, views_url
+from shards.format.manifest import MANIFEST, Manifest
 from shards.format.plan import Item, Plan
 from shards.format.records import RejectedSample, StoredSample
 from shards.pixels.decode import DecodeConfig, Rejected, decode_config_of, decode_image

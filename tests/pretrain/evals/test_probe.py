@@ -14,7 +14,7 @@ from pretrain.evals.features import FeatureSet, read_labels
 from pretrain.evals.knn import knn_predictions
 from pretrain.evals.linear import LabelledFeatures
 from pretrain.evals.probe import ProbeConfig, probe_features, probe_linear, run_probe, translate_labels
-from shards.format.manifest import open_dataset
+from shards.dataset.dataset import open_dataset
 
 CONFIGS = Path(__file__).resolve().parents[3] / "jobs" / "configs"
 

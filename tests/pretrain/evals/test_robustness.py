@@ -26,7 +26,7 @@ from pretrain.finetune.train import FinetuneConfig, default_center_fraction, fin
 from pretrain.model.artifacts import load_classifier, save_classifier
 from pretrain.model.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, BackboneSize
 from pretrain.model.classifier import Classifier, ClassifierConfig
-from shards.format.manifest import open_dataset
+from shards.dataset.dataset import open_dataset
 from shards.pixels.views import ViewPolicy
 from shards.sources.listing import SourceConfig, list_sources
 from shards.sources.table import rows_of

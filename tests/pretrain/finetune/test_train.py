@@ -35,8 +35,8 @@ from pretrain.model.artifacts import load_classifier, save_classifier
 from pretrain.model.backbone import IMAGENET_MEAN, Backbone, BackboneConfig, BackboneSize, save_backbone
 from pretrain.model.classifier import Classifier
 from shards.dataset.corpus import SubsetConfig
+from shards.dataset.dataset import open_dataset
 from shards.format.build import build_shard
-from shards.format.manifest import open_dataset
 from shards.format.plan import Plan
 from shards.format.records import RejectedSample, StoredSample
 from shards.pixels.decode import DecodeConfig, decode_image

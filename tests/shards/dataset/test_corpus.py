@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.errors import InputError
 from shards.dataset.corpus import Corpus, SubsetConfig, namespaced_key, open_corpus
-from shards.format.manifest import Dataset, open_dataset
+from shards.dataset.dataset import Dataset, open_dataset
 from shards.format.records import MAX_SAMPLE_ID
 from shards.pixels.views import ViewPolicy, decode_crop
 from shards.reader.reader import ShardReader

@@ -11,8 +11,8 @@ import pytest
 from pipeline.errors import InputError
 from shards.dataset import crop_sample
 from shards.dataset.crop_sample import draw_sample
+from shards.dataset.dataset import Dataset, open_dataset
 from shards.format.index import codes_of
-from shards.format.manifest import Dataset, open_dataset
 from shards.pixels.views import decode_crop, encode_crop
 
 

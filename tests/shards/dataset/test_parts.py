@@ -15,19 +15,19 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import InputError
-from shards.dataset.parts import open_part, parts
-from shards.dataset.summary import as_text, count_codes, summarize
-from shards.format.build import BuildError
-from shards.format.index import codes_of, index_header
-from shards.format.manifest import (
+from shards.dataset.dataset import (
     index_files,
     layer_url,
     open_dataset,
     open_table,
     probe_differences,
-    read_manifest,
     views_url,
 )
+from shards.dataset.parts import open_part, parts
+from shards.dataset.summary import as_text, count_codes, summarize
+from shards.format.build import BuildError
+from shards.format.index import codes_of, index_header
+from shards.format.manifest import read_manifest
 from shards.format.plan import Plan
 from shards.format.records import sample_key
 from shards.pixels.views import decode_crop

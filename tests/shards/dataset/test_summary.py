@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError
+from shards.dataset import dataset as dataset_module
 from shards.dataset import summary as summary_module
+from shards.dataset.dataset import open_dataset
 from shards.dataset.summary import CodeCount, as_text, code_statistics, count_codes, perplexity, summarize
-from shards.format import manifest as manifest_module
 from shards.format.index import codes_of
-from shards.format.manifest import open_dataset
 from shards.writer.commit import items
 
 
@@ -106,7 +106,7 @@ def test_one_index_is_held_at_a_time(
     """Memory stays flat: no table of an earlier shard is alive when the next one is read."""
     alive: list[weakref.ref[Any]] = []
     most = 0
-    read = manifest_module.read_shard_index
+    read = dataset_module.read_shard_index
 
     def watched(*arguments: Any) -> Any:
         nonlocal most
@@ -117,7 +117,7 @@ def test_one_index_is_held_at_a_time(
         return table
 
     small_dataset(first_ids=tuple(range(0, 24, 3)), rejected={}).write(str(tmp_path))
-    monkeypatch.setattr(manifest_module, "read_shard_index", watched)
+    monkeypatch.setattr(dataset_module, "read_shard_index", watched)
     summarize(open_dataset(str(tmp_path)))
     assert len(alive) == 15 and most <= 1  # the previous one may still bear its name
 

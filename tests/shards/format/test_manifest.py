@@ -19,19 +19,9 @@ import pytest
 from pipeline import storage
 from pipeline.artifacts import sha256_hex
 from pipeline.errors import InputError
-from shards.format.manifest import (
-    ROW_GROUP,
-    Dataset,
-    Manifest,
-    ShardInfo,
-    TableName,
-    TableWriter,
-    index_files,
-    open_dataset,
-    pixels_hash,
-    probe_differences,
-    read_shard_index,
-)
+from shards.dataset.dataset import Dataset, index_files, open_dataset, probe_differences
+from shards.dataset.rows import pixels_hash, read_shard_index
+from shards.format.manifest import ROW_GROUP, Manifest, ShardInfo, TableName, TableWriter
 from shards.pixels.views import decode_crop
 from shards.writer.commit import start
 
@@ -290,7 +280,7 @@ def test_hash_of_pixels_sees_values_and_shape() -> None:
 def test_opening_imports_neither_torch_nor_pandas_nor_image_libraries(tmp_path: Path) -> None:
     write_made_up(tmp_path, 1, 10)
     program = (
-        "import sys; from shards.format.manifest import open_dataset; dataset = open_dataset(sys.argv[1]);"
+        "import sys; from shards.dataset.dataset import open_dataset; dataset = open_dataset(sys.argv[1]);"
         "dataset.shard(0, 3); dataset.shard_sizes(0);"
         "heavy = ('torch', 'pandas', 'PIL', 'simplejpeg', 'ray');"
         "print([name for name in heavy if name in sys.modules])"

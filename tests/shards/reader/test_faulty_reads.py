@@ -17,7 +17,8 @@ import pytest
 from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.remote import RetryPolicy, StoreError
-from shards.format.manifest import Dataset, ShardInfo, open_dataset
+from shards.dataset.dataset import Dataset, open_dataset
+from shards.format.manifest import ShardInfo
 from shards.reader import disk_cache as node_cache
 from shards.reader import open_shards as cache
 from shards.reader.disk_cache import CacheConfig

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from shards.format.manifest import open_dataset
+from shards.dataset.dataset import open_dataset
 from shards.reader.figures import READER_FILE, ReaderFigures, ReaderReports, Telemetry
 from shards.reader.reader import ShardReader
 

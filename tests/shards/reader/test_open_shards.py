@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import InputError
-from shards.format import manifest
-from shards.format.manifest import Dataset, open_dataset
+from shards.dataset import dataset as dataset_module
+from shards.dataset.dataset import Dataset, open_dataset
 from shards.reader.open_shards import ShardCache
 
 
@@ -27,13 +27,13 @@ def dataset(tmp_path: Path, small_dataset: Callable[..., Any]) -> Dataset:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the shards whose index was read: one per opening."""
     names: list[str] = []
-    read = manifest.read_shard_index
+    read = dataset_module.read_shard_index
 
     def counted(shard: Any, columns: Any) -> Any:
         names.append(shard.name)
         return read(shard, columns)
 
-    monkeypatch.setattr(manifest, "read_shard_index", counted)
+    monkeypatch.setattr(dataset_module, "read_shard_index", counted)
     return names
 
 

@@ -15,8 +15,8 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import InputError
+from shards.dataset.dataset import Dataset, open_dataset
 from shards.format.build import ForeignTar, build_shard
-from shards.format.manifest import Dataset, open_dataset
 from shards.format.records import RejectedSample, StoredSample
 from shards.format.tar import build_tar
 from shards.pixels.decode import DecodeConfig, decode_image, decode_recipe

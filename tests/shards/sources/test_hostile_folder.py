@@ -21,7 +21,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from pipeline import storage
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
-from shards.format.manifest import Dataset, open_dataset, read_shard_index
+from shards.dataset.dataset import Dataset, open_dataset
+from shards.dataset.rows import read_shard_index
 from shards.format.records import as_text
 from shards.pixels.decode import FORMATS, REASONS, DecodeConfig, Rejected, decode, decode_image
 from shards.writer import commit

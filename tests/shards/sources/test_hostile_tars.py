@@ -25,8 +25,8 @@ from PIL import Image
 
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
+from shards.dataset.dataset import Dataset, open_dataset
 from shards.dataset.images import read_images as read_stored
-from shards.format.manifest import Dataset, open_dataset
 from shards.format.tar import BLOCK
 from shards.pixels.decode import Rejected
 from shards.sources.listing import SourceConfig, list_sources, read_images

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from pipeline.errors import InputError
+from shards.dataset.dataset import open_dataset, open_table
 from shards.dataset.images import read_crops, read_images
-from shards.format.manifest import open_dataset, open_table, read_shard_rejects
+from shards.dataset.rows import read_shard_rejects
 from shards.pixels.views import ViewPolicy
 from shards.reader.reader import ShardReader
 

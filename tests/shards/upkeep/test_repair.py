@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
-from shards.format.manifest import Dataset, open_dataset, open_table
+from shards.dataset.dataset import Dataset, open_dataset, open_table
 from shards.format.tar import build_tar
 from shards.pixels.views import encode_crop
 from shards.upkeep import rebuild

@@ -17,9 +17,10 @@ import pytest
 from pipeline import storage
 from pipeline.artifacts import canonical_json
 from pipeline.errors import InputError
+from shards.dataset.dataset import open_dataset, open_table
 from shards.format.build import BuiltShard, ForeignTar, build_shard
 from shards.format.index import read_index, write_rejects, write_table
-from shards.format.manifest import Manifest, open_dataset, open_table
+from shards.format.manifest import Manifest
 from shards.format.plan import Plan, items
 from shards.format.records import RejectedSample, StoredSample
 from shards.format.tar import build_tar, iter_members

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.errors import InputError
+from shards.dataset.dataset import open_dataset
+from shards.dataset.rows import pixels_hash
 from shards.format.build import BuiltShard, ForeignTar, build_shard
-from shards.format.manifest import open_dataset, pixels_hash, read_manifest
+from shards.format.manifest import read_manifest
 from shards.format.plan import Item, Plan, items
 from shards.format.records import StoredSample
 from shards.pixels.views import decode_crop

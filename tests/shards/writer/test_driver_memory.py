@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from shards.dataset import dataset as dataset_module
+from shards.dataset.dataset import open_dataset
 from shards.format import manifest
 from shards.format.build import build_shard
-from shards.format.manifest import ProbeEntry, ShardInfo, open_dataset
+from shards.format.manifest import ProbeEntry, ShardInfo
 from shards.format.plan import Item, Plan, items
 from shards.format.records import StoredSample
 from shards.pixels.views import decode_crop
@@ -98,7 +100,9 @@ def test_shards_take_a_byte_while_they_wait_and_two_hundred_when_they_are_done(t
     probed = ProbeEntry(view=0, number=0, row=0, key="0000000000-00", sha256="0" * 64)
     monkeypatch.setattr(commit, "receipt", receipt)
     monkeypatch.setattr(commit, "probe_shard", lambda *_: [probed])
-    monkeypatch.setattr(manifest, "ROW_GROUP", 256)  # rows that are held before they are written together
+    # rows that are held before they are written together
+    monkeypatch.setattr(manifest, "ROW_GROUP", 256)
+    monkeypatch.setattr(dataset_module, "ROW_GROUP", 256)
     peaks: list[int] = []
     for shards in (1_000, 3_000):
         plan = plan_of(shards, 2)

@@ -22,7 +22,8 @@ from PIL import Image, ImageOps
 
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
-from shards.format.manifest import Dataset, open_dataset, read_shard_index
+from shards.dataset.dataset import Dataset, open_dataset
+from shards.dataset.rows import read_shard_index
 from shards.pixels.decode import DecodeConfig, decode_config_of
 from shards.sources.table import Sources, read_sources
 from shards.writer import commit

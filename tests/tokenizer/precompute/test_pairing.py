@@ -13,7 +13,7 @@ import torch
 from jobs.verify_shards import VerifyConfig, main
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
-from shards.format.manifest import open_dataset
+from shards.dataset.dataset import open_dataset
 from shards.pixels.views import ViewPolicy
 from shards.upkeep.recover import OpenedPart
 from shards.upkeep.verify import verify_dataset

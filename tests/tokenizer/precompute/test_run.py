@@ -14,10 +14,12 @@ import torch
 
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
+from shards.dataset.dataset import Dataset, layer_url, open_dataset
 from shards.dataset.images import read_images
 from shards.dataset.parts import parts, read_plan
+from shards.dataset.rows import read_shard_index
 from shards.format.index import codes_of
-from shards.format.manifest import Dataset, layer_url, open_dataset, read_manifest, read_shard_index
+from shards.format.manifest import read_manifest
 from shards.pixels.decode import DecodeConfig, decode_image
 from shards.pixels.views import ViewPolicy, decode_crop, encode_crop, render, view_at
 from shards.reader.order import view_of_epoch
