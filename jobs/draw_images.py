@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from PIL import Image
 
@@ -25,7 +25,7 @@ WRITERS = 8
 class DrawConfig:
     """Draws labelled pictures for trying the pipeline without any data of one's own."""
 
-    output: str
+    output: str = field(metadata=config.PLACE)
     """Folder or URL: pictures go to images/<class>/, label maps (palette PNG) to label_maps/<class>/."""
 
     num_images: int = 2400
@@ -67,7 +67,7 @@ def draw_images(config_: DrawConfig) -> str:
     identity = {
         "job": "draw_images",
         "version": drawing.DRAWING_VERSION,
-        **config.identity(config_, ["output"]),
+        **config.identity(config_),
     }
     artifacts.claim(output, identity)
     header = artifacts.read_header(output, HEADER_NAME)

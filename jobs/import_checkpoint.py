@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from pipeline import artifacts, storage
-from pipeline.config import identity, run_job
+from pipeline.config import ASIDE, PLACE, identity, run_job
 from pipeline.errors import InputError
 from pipeline.tensorfile import TensorFile, read_tensors
 from pretrain.model.artifacts import save_classifier
@@ -33,9 +33,9 @@ class ImportConfig:
     keys, sizes from its shapes. Nothing in it is executed, and nothing is written unless all of it fits.
     """
 
-    source: str
+    source: str = field(metadata=ASIDE)
     """Path or URL (https, s3, …) of the file."""
-    output: str
+    output: str = field(metadata=PLACE)
     """Where the artifact goes: a folder or any fsspec URL."""
     heads: int | None = None
     """Attention heads; null reads them off the position tables. A tokenizer has none: null is width / 64."""
@@ -45,12 +45,8 @@ class ImportConfig:
     """Backbones and classifiers: mean per channel, in [0, 1], of the images the model was trained on."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Backbones and classifiers: standard deviation per channel by which images were divided."""
-    class_names: str | None = None
+    class_names: str | None = field(default=None, metadata=ASIDE)
     """Classifiers: text file, path or URL, with one class name per line in the order of the outputs."""
-
-
-PLACES = ("source", "output", "class_names")
-"""Settings that only say where; what is there is known by its hash or stands in the header."""
 
 
 def main(config: ImportConfig) -> None:
@@ -60,10 +56,8 @@ def main(config: ImportConfig) -> None:
     model = _model(source, config)
     names = _class_names(config, model)
     inputs = {"checkpoint": source.sha256}
-    run = {"imported_from": source.url, "config": identity(config, PLACES)}
-    artifacts.claim(
-        output, {"job": "import_checkpoint", "inputs": inputs, "config": identity(config, PLACES)}
-    )
+    run = {"imported_from": source.url, "config": identity(config)}
+    artifacts.claim(output, {"job": "import_checkpoint", "inputs": inputs, "config": identity(config)})
     match model:
         case VQKD():
             target_dim = model.state_dict()["decode_task_layer.2.bias"].shape[0]

@@ -14,13 +14,13 @@ import dataclasses
 import functools
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline import storage
-from pipeline.config import run_job
+from pipeline.config import URL, absolute_places, run_job
 from pipeline.errors import InputError
 from shards.dataset.dataset import Dataset, open_dataset
 from shards.upkeep.rebuild import Encoder
@@ -39,18 +39,18 @@ RETOKENIZE = 0.001
 class VerifyConfig:
     """Check every object of a dataset, and of what was added to it: sizes, hashes, rows, images, codes."""
 
-    dataset: str
+    dataset: str = field(metadata=URL)
     """Folder or URL of image shards or token shards."""
     sample: float = 1.0
     """Share of the stored images that are decoded, chosen by sample id, at least one of each shard; all else
     is always checked."""
-    tokenizer: str | None = None
+    tokenizer: str | None = field(default=None, metadata=URL)
     """Tokenizer artifact: crops are decoded and tokenized again, and their codes compared."""
     retokenize: float | None = None
     """With tokenizer: the share of crops, at least one of each shard; null is 0.001."""
     repair: bool = False
     """Bring back what is lost or damaged, bit for bit, where that can be done."""
-    images: str | None = None
+    images: str | None = field(default=None, metadata=URL)
     """With repair: the image shards that the crops were made from, for pixels that are lost; null takes those
     that the dataset's config.json names, if they are still there."""
     use_gpu: bool | None = None
@@ -88,7 +88,7 @@ class Report:
 
 def main(config: VerifyConfig) -> None:
     """Prints what is wrong, and ends with status 1 where anything is."""
-    config = storage.absolute_places(config, "dataset", "tokenizer", "images")
+    config = absolute_places(config)
     with contextlib.redirect_stdout(sys.stderr) if config.json else contextlib.nullcontext():
         report = verify(config)
     print(json.dumps(to_json(report), sort_keys=True) if config.json else "\n".join(in_words(report)))

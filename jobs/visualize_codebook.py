@@ -5,7 +5,7 @@ python -m jobs.visualize_codebook --dataset runs/tokens --output runs/codebook [
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from jobs.report.codebook import codebook_page, codes_figure, places_figure, usage_figure
 from pipeline import storage
 from pipeline.artifacts import claim, publish, read_header
-from pipeline.config import identity, run_job
+from pipeline.config import ASIDE, PLACE, absolute_places, identity, run_job
 from pipeline.errors import InputError
 from pretrain.evals.codebook import CodebookFindings, examine_codebook, sampled_likeness
 from shards.dataset.crop_sample import draw_sample
@@ -21,8 +21,6 @@ from shards.dataset.dataset import Dataset, open_dataset
 from tokenizer.model.artifact import load_vqkd, read_tokenizer
 
 ARTIFACT = "codebook"
-PLACES = ("dataset", "tokenizer", "codes", "output")
-"""Settings whose meaning the fingerprints of the inputs say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +30,13 @@ class VisualizeConfig:
     Codes are counted over all stored crops; what their patches look like is seen in a sample.
     """
 
-    dataset: str
+    dataset: str = field(metadata=PLACE)
     """Folder or URL of token shards."""
-    output: str
+    output: str = field(metadata=PLACE)
     """Folder or URL of the page, codebook.html, its figures, PNGs, and their numbers, codebook.json."""
-    tokenizer: str | None = None
+    tokenizer: str | None = field(default=None, metadata=PLACE)
     """The tokenizer that gave the codes: then each code's nearest codes in the codebook are named."""
-    codes: str | None = None
+    codes: str | None = field(default=None, metadata=ASIDE)
     """A code layer, named by the first 8 digits of its tokenizer, in place of the stored codes."""
     num_codes: int = 24
     """Codes that are shown."""
@@ -61,13 +59,13 @@ class VisualizeConfig:
 
 def visualize_codebook(config: VisualizeConfig) -> None:
     """Publish the page, its figures and their numbers; what is finished with the same inputs stays."""
-    config = storage.absolute_places(config, "dataset", "output", "tokenizer")
+    config = absolute_places(config)
     dataset = open_dataset(config.dataset, "tokens", codes=config.codes)
     # Everything that can be refused is refused before anything is written.
     codebook = None if config.tokenizer is None else read_codebook(config.tokenizer, dataset)
     sample = draw_sample(dataset, config.samples, seed=config.seed)
     likeness = sampled_likeness(dataset, sample, min_images=config.min_images)
-    settings = identity(config, PLACES)
+    settings = identity(config)
     inputs = {"dataset": dataset.fingerprint, "neighbours": codebook is not None}
     claim(config.output, {"job": "visualize_codebook", "config": settings, "inputs": inputs})
     if (held := read_header(config.output, ARTIFACT)) is not None:

@@ -13,16 +13,26 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import jsonargparse
-
+from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.training.interruption import InterruptedRunError
 
 ConfigT = TypeVar("ConfigT")
 
+# Metadata of a configuration's fields.
+ASIDE = {"identity": False}
+"""Decides nothing about the result (speed, bookkeeping), or is known by the fingerprints of the inputs."""
+URL = {"url": "one"}
+"""A file, folder or URL, which `absolute_places` makes valid in any process."""
+PLACE = {**URL, **ASIDE}
+PLACES = {"url": "several", **ASIDE}
+"""Several, with commas between them."""
+
 
 def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     """The configuration named by `argv`; InputError, in one line, for an unknown key or a wrong value."""
+    import jsonargparse  # here: readers of shards import this module for the metadata of their fields
+
     jsonargparse.set_parsing_settings(
         docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=True
     )
@@ -64,9 +74,28 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
 
 
-def identity(config: Any, places: Sequence[str]) -> dict[str, Any]:
-    """What decides a run's result: its settings without `places`, the fields that only say where and how."""
-    return {key: value for key, value in to_dict(config).items() if key not in places}
+def identity(config: Any) -> dict[str, Any]:
+    """What decides a run's result: its settings as JSON-able values, without the fields that stand aside."""
+    aside = {field.name for field in dataclasses.fields(config) if not field.metadata.get("identity", True)}
+    return {key: value for key, value in to_dict(config).items() if key not in aside}
+
+
+def absolute_places(config: ConfigT) -> ConfigT:
+    """A configuration whose places (those that are set, in its parts too) are absolute URLs.
+
+    Ray Train runs its workers in a folder of its own, where a relative path means something else.
+    """
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        match field.metadata.get("url"):
+            case "one" if value is not None:
+                changes[field.name] = storage.absolute(value)
+            case "several" if value is not None:
+                changes[field.name] = ",".join(storage.absolute(url.strip()) for url in value.split(","))
+            case None if dataclasses.is_dataclass(value):
+                changes[field.name] = absolute_places(value)
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
 def _explicit_flags(config_class: type[Any], argv: Sequence[str] | None) -> list[str]:

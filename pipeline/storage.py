@@ -20,15 +20,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from pipeline.errors import InputError
 from pipeline.remote import S3, http_status, with_retries
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
 T = TypeVar("T")
 
 _TEMPORARY = re.compile(r"\..*\.\d+\.[0-9a-f]{8}\.partial", re.DOTALL)
@@ -66,15 +62,6 @@ def absolute(url: str) -> str:
     if is_local(url):
         return os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
     return url.rstrip("/")
-
-
-def absolute_places(config: ConfigT, *fields: str) -> ConfigT:
-    """A configuration whose named fields (those that are set) hold absolute URLs.
-
-    Ray Train runs its workers in a folder of its own, where a relative path means something else.
-    """
-    given = {field: getattr(config, field) for field in fields}
-    return dataclasses.replace(config, **{k: absolute(v) for k, v in given.items() if v is not None})
 
 
 def join(root: str, *parts: str) -> str:

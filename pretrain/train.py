@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import storage
-from pipeline.artifacts import claim, claimed_config, read_header
-from pipeline.cluster.config import ClusterConfig
+from pipeline.artifacts import claimed_config
 from pipeline.cluster.training import run_training
-from pipeline.config import identity
+from pipeline.config import ASIDE, PLACE, PLACES, absolute_places, identity
 from pipeline.errors import InputError
 from pipeline.training.checkpoints import CheckpointStore, TrainState
+from pipeline.training.config import TrainingConfig, claim_output
 from pipeline.training.metrics import MetricsLog, Progress
 from pipeline.training.optim import (
     OptimConfig,
-    Precision,
     autocast,
     build_optimizer,
     cosine_schedule,
@@ -38,7 +36,7 @@ from pipeline.training.worker import Worker
 from pretrain.masking import MaskConfig, block_masks
 from pretrain.model.backbone import ARTIFACT, BackboneSize, read_backbone_header, save_backbone
 from pretrain.model.mim import MIM, MIMConfig, masked_patches, mim_figures, mim_header, mim_loss
-from shards.dataset.corpus import SubsetConfig, open_corpus, split_urls
+from shards.dataset.corpus import SubsetConfig, open_corpus
 from shards.dataset.dataset import Dataset
 from shards.pixels.views import ViewPolicy
 from shards.reader.disk_cache import CacheConfig
@@ -48,7 +46,7 @@ from tokenizer.model.artifact import VisualTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(TrainingConfig):
     """Pretrain a ViT by masked image modelling. Defaults are the paper's base model, 1600 epochs (Table 9).
 
     Give `shards` (precomputed codes), or `images` and `tokenizer` (codes made online). Image size, patch
@@ -56,22 +54,20 @@ class PretrainConfig:
     settings goes on from its last checkpoint; a finished one is left alone.
     """
 
-    output: str
-    """Where the backbone goes: a folder or any fsspec URL."""
-    shards: str | None = None
+    shards: str | None = field(default=None, metadata=PLACES)
     """Token shards, the output of precompute_shards; or several of one tokenizer, with commas between."""
     codes: str | None = None
     """A code layer of the token shards, named by the first 8 digits of its tokenizer; null is their own."""
     stored_views: int | None = None
     """Reads the first so many of the stored views; null takes those that are there when the run begins, and
     keeps to them."""
-    images: str | None = None
+    images: str | None = field(default=None, metadata=PLACES)
     """Online mode: image shards, the output of prepare_images; or several, with commas between."""
-    tokenizer: str | None = None
+    tokenizer: str | None = field(default=None, metadata=PLACE)
     """Online mode: the tokenizer artifact."""
     views: ViewPolicy = ViewPolicy(views_per_image=0)
     """Online mode: crops; views_per_image 0 draws a new one of every image in every epoch."""
-    subset: SubsetConfig = SubsetConfig()
+    subset: SubsetConfig = field(default=SubsetConfig(), metadata=ASIDE)
     """Part of the samples instead of all."""
     backbone: BackboneSize = BackboneSize(drop_path=0.1)
     """The model that is pretrained."""
@@ -84,55 +80,20 @@ class PretrainConfig:
     epochs: int = 1600
     """Passes over the samples; each pass sees one view of every image."""
     batch_size: int = 2048
-    """Images per optimizer step, over all workers."""
-    micro_batch_size: int | None = None
-    """Images per forward pass and worker; null takes a worker's whole share at once."""
-    precision: Precision = "auto"
-    """Compute type: auto is bf16 or fp16 on CUDA, fp32 on CPU."""
-    seed: int = 0
-    """Decides initial weights, order, views and masks."""
-    decode_threads: int = 2
-    """Threads per worker that decode."""
-    cache: CacheConfig = CacheConfig()
+    cache: CacheConfig = field(default=CacheConfig(), metadata=ASIDE)
     """Where shards of a remote store are kept while they are read."""
     lanes: int | None = None
     """Lanes of the order; null takes 64, or what the cache has room for as it begins, and keeps to it."""
     window: int | None = None
     """Shards per window of the order; null as with lanes."""
-    checkpoint_every_s: float = 600.0
-    """Seconds between checkpoints; one is also written at the end of each epoch, and on SIGTERM."""
-    checkpoint_keep: int = 2
-    """How many of the newest checkpoints stay, beside the best."""
-    log_every_steps: int = 10
-    """Steps between records in metrics.jsonl."""
-    cluster: ClusterConfig = ClusterConfig()
-    """Workers that share each batch."""
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.batch_size, self.log_every_steps) < 1:
-            raise InputError("epochs, batch_size and log_every_steps must be at least 1")
+        self.require_positive("epochs", "batch_size", "log_every_steps")
         online = self.images is not None or self.tokenizer is not None
         if (self.shards is None) != online or (online and None in (self.images, self.tokenizer)):
             raise InputError("give either --shards (precomputed codes), or --images and --tokenizer (online)")
         if online and (self.codes, self.stored_views) != (None, None):
             raise InputError("--codes and --stored_views choose among stored codes and views; give --shards")
-
-
-PLACES = (
-    "shards",
-    "images",
-    "tokenizer",
-    "output",
-    "cluster",
-    "micro_batch_size",
-    "decode_threads",
-    "cache",
-    "subset",
-    "checkpoint_every_s",
-    "checkpoint_keep",
-    "log_every_steps",
-)
-"""Settings that do not decide the result, or whose meaning the fingerprints of the inputs say."""
 
 
 @dataclass(frozen=True)
@@ -151,12 +112,7 @@ class Batch:
 
 def pretrain_mim(config: PretrainConfig) -> None:
     """Pretrain, or finish pretraining, the backbone at `config.output`."""
-    config = storage.absolute_places(config, "output", "tokenizer")
-    config = replace(config, subset=config.subset.absolute())
-    if config.shards is not None:
-        config = replace(config, shards=",".join(split_urls(config.shards)))
-    if config.images is not None:
-        config = replace(config, images=",".join(split_urls(config.images)))
+    config = absolute_places(config)
     output = config.output
     begun = claimed_config(output)
     if config.shards is not None:
@@ -173,11 +129,7 @@ def pretrain_mim(config: PretrainConfig) -> None:
     with _reader(config, source, Worker()) as reader:
         # The order belongs to the run: with another cache it goes on at the next unseen sample too.
         config = replace(config, lanes=reader.lanes, window=reader.window)
-    finished = read_header(output, ARTIFACT) is not None
-    run = {"job": "pretrain_mim", "config": identity(config, PLACES), "inputs": source.inputs}
-    claim(output, run, may_change=("config.batch_size",), finished=finished)
-    if finished:
-        print(f"{output} is finished already, with the same settings and inputs: nothing to do", flush=True)
+    if not claim_output(config, "pretrain_mim", ARTIFACT, source.inputs, may_change=("config.batch_size",)):
         return
     run_training(_train, config, config.cluster)
     header = read_backbone_header(output)
@@ -361,7 +313,7 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
                 "metrics": metrics,
                 "steps": step,
                 "seconds": progress.elapsed_s,
-                "config": identity(config, PLACES),
+                "config": identity(config),
             },
         )
         progress.close(**metrics)

@@ -11,23 +11,20 @@ import math
 import operator
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import storage
-from pipeline.artifacts import claim, claimed_config, read_header
-from pipeline.cluster.config import ClusterConfig
+from pipeline.artifacts import claimed_config, read_header
 from pipeline.cluster.training import run_training
-from pipeline.config import identity
-from pipeline.errors import InputError
+from pipeline.config import ASIDE, PLACE, PLACES, absolute_places, identity
 from pipeline.training.checkpoints import CheckpointStore, TrainState
+from pipeline.training.config import TrainingConfig, claim_output
 from pipeline.training.metrics import MetricsLog, Progress
 from pipeline.training.optim import (
     OptimConfig,
-    Precision,
     autocast,
     build_optimizer,
     cosine_schedule,
@@ -37,7 +34,7 @@ from pipeline.training.optim import (
 )
 from pipeline.training.step import RunningMeans, require_finite, synchronized, to_device
 from pipeline.training.worker import Worker
-from shards.dataset.corpus import SubsetConfig, open_corpus, split_urls
+from shards.dataset.corpus import SubsetConfig, open_corpus
 from shards.dataset.dataset import Dataset, open_dataset
 from shards.pixels.views import ViewPolicy
 from shards.reader.disk_cache import CacheConfig
@@ -53,18 +50,16 @@ FIGURES = ("loss", "rec_loss", "emb_loss")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerTrainConfig:
+class TokenizerTrainConfig(TrainingConfig):
     """Train a visual tokenizer (VQ-KD) on image shards. Defaults are the paper's Table 8.
 
     A killed run started again with the same settings goes on from its last checkpoint; a finished one is
     left alone.
     """
 
-    images: str
+    images: str = field(metadata=PLACES)
     """Image shards to train on, the output of prepare_images; or several, with commas between."""
-    output: str
-    """Where the tokenizer artifact goes: a folder or any fsspec URL."""
-    val_images: str | None = None
+    val_images: str | None = field(default=None, metadata=PLACE)
     """Image shards for the loss, usage and perplexity after each epoch, on centre crops."""
     model: VQKDConfig = VQKDConfig()
     """The tokenizer."""
@@ -72,7 +67,7 @@ class TokenizerTrainConfig:
     """The frozen model whose patch features the codes must predict."""
     views: ViewPolicy = ViewPolicy(scale=(0.08, 1.0), views_per_image=0)
     """Crops to train on; a new one of every image in every epoch."""
-    subset: SubsetConfig = SubsetConfig()
+    subset: SubsetConfig = field(default=SubsetConfig(), metadata=ASIDE)
     """Part of the images to train on instead of all."""
     optim: OptimConfig = OptimConfig(
         peak_lr=5e-5, lr_batch_size=128, betas=(0.9, 0.99), weight_decay=1e-4, clip_grad_norm=None
@@ -81,58 +76,22 @@ class TokenizerTrainConfig:
     epochs: int = 100
     """Passes over the images."""
     batch_size: int = 512
-    """Images per optimizer step, over all workers."""
-    micro_batch_size: int | None = None
-    """Images per forward pass and worker; null takes a worker's whole share at once."""
-    precision: Precision = "auto"
-    """Compute type: auto is bf16 or fp16 on CUDA, fp32 on CPU."""
-    seed: int = 0
-    """Decides initial weights, order and crops."""
-    decode_threads: int = 2
-    """Threads per worker that decode and crop."""
-    cache: CacheConfig = CacheConfig()
+    cache: CacheConfig = field(default=CacheConfig(), metadata=ASIDE)
     """Where shards of a remote store are kept while they are read."""
     lanes: int | None = None
     """Lanes of the order; null takes 64, or what the cache has room for as it begins, and keeps to it."""
     window: int | None = None
     """Shards per window of the order; null as with lanes."""
-    checkpoint_every_s: float = 600.0
-    """Seconds between checkpoints; one is also written at the end of each epoch, and on SIGTERM."""
-    checkpoint_keep: int = 2
-    """How many of the newest checkpoints stay, beside the best."""
-    log_every_steps: int = 10
-    """Steps between records in metrics.jsonl."""
-    cluster: ClusterConfig = ClusterConfig()
-    """Workers that share each batch."""
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.batch_size, self.log_every_steps) < 1:
-            raise InputError("epochs, batch_size and log_every_steps must be at least 1")
+        self.require_positive("epochs", "batch_size", "log_every_steps")
         self.views.resolve(self.model.image_size)
-
-
-PLACES = (
-    "images",
-    "val_images",
-    "output",
-    "cluster",
-    "micro_batch_size",
-    "decode_threads",
-    "cache",
-    "subset",
-    "checkpoint_every_s",
-    "checkpoint_keep",
-    "log_every_steps",
-)
-"""Settings that do not decide the result, or whose meaning the fingerprints of the inputs say."""
 
 
 def train_tokenizer(config: TokenizerTrainConfig) -> None:
     """Train, or finish training, the tokenizer at `config.output`."""
-    config = storage.absolute_places(config, "val_images", "output")
-    config = dataclasses.replace(
-        config, images=",".join(split_urls(config.images)), teacher=with_absolute_weights(config.teacher)
-    )
+    config = absolute_places(config)
+    config = dataclasses.replace(config, teacher=with_absolute_weights(config.teacher))
     output = config.output
     images = open_corpus(config.images, "images", subset=config.subset)
     inputs = {"images": images.fingerprint}
@@ -147,11 +106,7 @@ def train_tokenizer(config: TokenizerTrainConfig) -> None:
     with _reader(config, images, Worker()) as reader:
         # The order belongs to the run: with another cache it goes on at the next unseen sample too.
         config = dataclasses.replace(config, lanes=reader.lanes, window=reader.window)
-    finished = read_header(output, "tokenizer") is not None
-    run = {"job": "train_tokenizer", "config": identity(config, PLACES), "inputs": inputs}
-    claim(output, run, may_change=("config.batch_size",), finished=finished)
-    if finished:
-        print(f"{output} is finished already, with the same settings and inputs: nothing to do", flush=True)
+    if not claim_output(config, "train_tokenizer", "tokenizer", inputs, may_change=("config.batch_size",)):
         return
     run_training(_train, config, config.cluster)
     header = read_header(output, "tokenizer")
@@ -342,7 +297,7 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
                 "seconds": progress.elapsed_s,
             },
             inputs={"images": images.fingerprint, "teacher": teacher.fingerprint},
-            run_config=identity(config, PLACES),
+            run_config=identity(config),
         )
         progress.close()
         log.close()

@@ -37,7 +37,7 @@ from pipeline import storage
 from pipeline.artifacts import claim, publish, read_header
 from pipeline.cluster.config import ClusterConfig
 from pipeline.cluster.items import map_items
-from pipeline.config import identity, to_dict
+from pipeline.config import ASIDE, PLACE, PLACES, absolute_places, identity, to_dict
 from pipeline.errors import InputError
 from pipeline.training.metrics import Progress
 from pretrain.evals.feature_cache import Extraction, FeatureSource, load_or_extract
@@ -56,7 +56,7 @@ from pretrain.evals.knn import knn_predictions
 from pretrain.evals.linear import LabelledFeatures, Sweep, choose_lr, train_classifiers
 from pretrain.evals.probe_result import KnnScore, ProbeResult, Score, percent
 from pretrain.model.backbone import Backbone, load_backbone, read_backbone_header
-from shards.dataset.corpus import SubsetConfig, open_corpus, split_urls
+from shards.dataset.corpus import SubsetConfig, open_corpus
 from shards.dataset.dataset import Dataset, open_dataset
 
 ARTIFACT = "probe"
@@ -76,15 +76,15 @@ class ProbeConfig:
     layer chosen on the held-out images instead of val. k-NN is that of Wu et al. 2018, for every k.
     """
 
-    backbone: str
+    backbone: str = field(metadata=PLACE)
     """The backbone artifact, the output of pretrain_mim."""
-    train: str
+    train: str = field(metadata=PLACES)
     """Image shards the classifier is trained on, an output of prepare_images."""
-    subset: SubsetConfig = SubsetConfig()
+    subset: SubsetConfig = field(default=SubsetConfig(), metadata=ASIDE)
     """Part of the images of train instead of all: some classes, or a frozen list."""
-    val: str
+    val: str = field(metadata=PLACE)
     """Image shards the accuracy is measured on."""
-    output: str
+    output: str = field(metadata=PLACE)
     """Where probe.json goes: a folder or any fsspec URL."""
     lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     """Learning rates to choose from; the table says where the chosen one is the highest or the lowest."""
@@ -105,18 +105,18 @@ class ProbeConfig:
     0.3 GB for CIFAR-10 with 128 x 6, but 94 GB for ImageNet-1k with 768 x 12; give a subset there."""
     knn: tuple[int, ...] = (10, 20, 100, 200)
     """Numbers of neighbours for k-NN, each reported; an empty list leaves it out."""
-    feature_cache: str | None = None
+    feature_cache: str | None = field(default=None, metadata=PLACE)
     """Folder or URL where features are kept, for several probes; null is features/ in the output. They take
     16 x width + 3072 bytes per image with both baselines: 20 GB for ImageNet-1k with 768."""
-    require_labels: bool = False
+    require_labels: bool = field(default=False, metadata=ASIDE)
     """Fail where there are no labels, instead of writing a result that says so."""
     interpolation: str = "bicubic"
     """How centre crops are resized."""
-    images_per_batch: int = 64
+    images_per_batch: int = field(default=64, metadata=ASIDE)
     """Images per forward pass of the backbone."""
-    decode_threads: int = 2
+    decode_threads: int = field(default=2, metadata=ASIDE)
     """Threads that decode."""
-    cluster: ClusterConfig = field(default_factory=lambda: ClusterConfig(num_workers=0))
+    cluster: ClusterConfig = field(default=ClusterConfig(num_workers=0), metadata=ASIDE)
     """The probe is one process: 0 runs it here, 1 or more on a worker, with a GPU where there is one."""
 
     def __post_init__(self) -> None:
@@ -143,37 +143,18 @@ class ProbeConfig:
         )
 
 
-PLACES = (
-    "backbone",
-    "train",
-    "val",
-    "output",
-    "subset",
-    "cluster",
-    "images_per_batch",
-    "decode_threads",
-    "require_labels",
-    "feature_cache",
-)
-"""Settings that do not decide the result, or whose meaning the fingerprints of the inputs say."""
-
-
 def probe_linear(config: ProbeConfig) -> None:
     """Probe the backbone and publish `probe.json` at `config.output`; a finished probe is printed again."""
-    output = storage.absolute(config.output)
+    config = absolute_places(config)
+    output = config.output
     config = dataclasses.replace(
-        config,  # complete places: a worker runs in another folder
-        backbone=storage.absolute(config.backbone),
-        train=",".join(split_urls(config.train)),
-        subset=config.subset.absolute(),
-        val=storage.absolute(config.val),
-        feature_cache=storage.absolute(config.feature_cache or storage.join(output, "features")),
+        config, feature_cache=config.feature_cache or storage.join(output, "features")
     )
     header = read_backbone_header(config.backbone)
     train = open_corpus(config.train, "images", subset=config.subset)
     val = open_dataset(config.val, "images")
     inputs = {"backbone": header["fingerprint"], "train": train.fingerprint, "val": val.fingerprint}
-    settings = identity(config, PLACES)
+    settings = identity(config)
 
     # Everything that can be refused is refused before anything is written.
     reason = why_not(train, val)

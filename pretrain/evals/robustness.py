@@ -22,7 +22,7 @@ from pipeline import storage
 from pipeline.artifacts import claim, publish, read_header
 from pipeline.cluster.config import ClusterConfig, device_type
 from pipeline.cluster.items import map_items
-from pipeline.config import identity
+from pipeline.config import ASIDE, PLACE, absolute_places, identity
 from pipeline.errors import InputError
 from pipeline.training.metrics import Progress
 from pipeline.training.optim import Precision, autocast, resolve_precision
@@ -63,19 +63,19 @@ class RobustnessConfig:
     shifted set is compared with the clean images of its classes. A finished evaluation is printed again.
     """
 
-    classifier: str
+    classifier: str = field(metadata=PLACE)
     """The classifier artifact, an output of finetune_classifier or import_checkpoint."""
-    clean: str
+    clean: str = field(metadata=PLACE)
     """Images without a shift, such as the validation images of the fine-tuning."""
-    output: str
+    output: str = field(metadata=PLACE)
     """Where robustness.json and robustness.png go: a folder or any fsspec URL."""
-    imagenet_a: str | None = None
+    imagenet_a: str | None = field(default=None, metadata=PLACE)
     """ImageNet-A, folders by wnid: only the logits of its 200 classes compete, as published."""
-    imagenet_r: str | None = None
+    imagenet_r: str | None = field(default=None, metadata=PLACE)
     """ImageNet-R, folders by wnid: only the logits of its 200 classes compete, as published."""
-    imagenet_sketch: str | None = None
+    imagenet_sketch: str | None = field(default=None, metadata=PLACE)
     """ImageNet-Sketch, folders by wnid: all logits compete."""
-    shifted: str | None = None
+    shifted: str | None = field(default=None, metadata=ASIDE)
     """Shifted images of your own, as name=URL with commas between several; their classes are among the
     classifier's."""
     restrict_shifted: bool = False
@@ -97,11 +97,11 @@ class RobustnessConfig:
     """Compute type: auto is bf16 or fp16 on CUDA, fp32 on CPU."""
     seed: int = 0
     """Draws the noise of corrupted copies."""
-    images_per_batch: int = 64
+    images_per_batch: int = field(default=64, metadata=ASIDE)
     """Images per forward pass."""
-    decode_threads: int = 2
+    decode_threads: int = field(default=2, metadata=ASIDE)
     """Threads that decode and corrupt, for each set that is being read."""
-    cluster: ClusterConfig = field(default_factory=lambda: ClusterConfig(num_workers=0))
+    cluster: ClusterConfig = field(default=ClusterConfig(num_workers=0), metadata=ASIDE)
     """Workers that share the sets, two at a time each: 0 runs here, on a GPU where there is one."""
 
     def __post_init__(self) -> None:
@@ -161,19 +161,6 @@ class RobustnessConfig:
         return tuple(sorted({int(level) for level in given}))
 
 
-PLACES = (
-    "classifier",
-    "clean",
-    "output",
-    "shifted",
-    *BENCHMARKS,
-    "cluster",
-    "images_per_batch",
-    "decode_threads",
-)
-"""Settings that do not decide the result, or whose meaning the fingerprints of the inputs say."""
-
-
 def _parts(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
@@ -223,7 +210,7 @@ def evaluate_robustness(config: RobustnessConfig) -> None:
     Whatever labels, names of files and settings say is refused before anything is written; what only reading
     the files of a folder shows, such as that none is an image, once they are prepared.
     """
-    config = storage.absolute_places(config, "classifier", "clean", "output", *BENCHMARKS)
+    config = absolute_places(config)
     header = read_classifier_header(config.classifier)
     outputs = _outputs(config.classifier, header)
     crops = _crops(config, header)
@@ -239,7 +226,7 @@ def evaluate_robustness(config: RobustnessConfig) -> None:
     # Planned here once already: what does not fit is refused before anything is written.
     plan_passes(config, sets, outputs, crops)
 
-    settings = identity(config, PLACES)
+    settings = identity(config)
     fingerprints = {found.name: found.fingerprint for found in sets}
     inputs = {"classifier": header["fingerprint"], "images": fingerprints}
     claim(config.output, {"job": "evaluate_robustness", "config": settings, "inputs": inputs})

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
-from pipeline.artifacts import claim, read_header
-from pipeline.cluster.config import ClusterConfig
+from pipeline.artifacts import read_header
 from pipeline.cluster.training import run_training
-from pipeline.config import identity
+from pipeline.config import ASIDE, PLACE, PLACES, absolute_places, identity
 from pipeline.errors import InputError
 from pipeline.training.checkpoints import CheckpointStore, TrainState
+from pipeline.training.config import TrainingConfig, claim_output
 from pipeline.training.metrics import MetricsLog, Progress
 from pipeline.training.optim import (
     OptimConfig,
-    Precision,
     autocast,
     cosine_schedule,
     grad_scaler,
@@ -51,7 +50,7 @@ from pretrain.finetune.start import (
 from pretrain.model.artifacts import ARTIFACT
 from pretrain.model.backbone import BackboneSize
 from pretrain.model.classifier import Pooling
-from shards.dataset.corpus import SubsetConfig, open_corpus, split_urls
+from shards.dataset.corpus import SubsetConfig, open_corpus
 from shards.dataset.dataset import Dataset, open_dataset
 from shards.pixels.views import CENTER_FRACTION, ViewPolicy
 from shards.reader.reader import SampleBatch, ShardReader
@@ -65,7 +64,7 @@ _UNCROPPED_FROM = 384  # pixels a side
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(TrainingConfig):
     """Fine-tune a pretrained backbone on labelled images. Defaults: base model, 300 epochs (Table 10).
 
     Train and val are image shards with labels. The result, the best of all epochs on val, is a classifier
@@ -73,20 +72,20 @@ class FinetuneConfig:
     again with the same settings goes on from its last checkpoint; a finished one is left alone.
     """
 
-    train: str
+    train: str = field(metadata=PLACES)
     """Image shards to train on, an output of prepare_images; several with commas between them."""
-    subset: SubsetConfig = SubsetConfig()
+    subset: SubsetConfig = field(default=SubsetConfig(), metadata=ASIDE)
     """Part of the images of train instead of all: some classes, or a frozen list."""
-    output: str
+    output: str = field(metadata=PLACE)
     """Where the classifier goes: a folder or any fsspec URL; last/ in it is that of the last epoch."""
-    val: str | None = None
+    val: str | None = field(default=None, metadata=PLACE)
     """Image shards the accuracy is measured on after each epoch; null: none, the last epoch is the result."""
     init: Literal["backbone", "scratch", "tokenizer", "teacher"] = "backbone"
     """What it starts from: a pretrained backbone or classifier, chance, the encoder of a visual tokenizer, or
     a teacher's own network (Table 6)."""
-    backbone: str | None = None
+    backbone: str | None = field(default=None, metadata=PLACE)
     """With init backbone: an output of pretrain_mim or finetune_classifier."""
-    tokenizer: str | None = None
+    tokenizer: str | None = field(default=None, metadata=PLACE)
     """With init tokenizer: an output of train_tokenizer."""
     teacher: TeacherConfig = TeacherConfig()
     """With init teacher: a network of timm or open_clip and its weights."""
@@ -118,27 +117,9 @@ class FinetuneConfig:
     epochs: int = 100
     """Passes over the training images."""
     batch_size: int = 1024
-    """Images per optimizer step, over all workers."""
-    micro_batch_size: int | None = None
-    """Images per forward pass and worker; null takes a worker's whole share at once."""
-    precision: Precision = "auto"
-    """Compute type: auto is bf16 or fp16 on CUDA, fp32 on CPU."""
-    seed: int = 0
-    """Decides fresh weights, order and augmentation."""
-    decode_threads: int = 2
-    """Threads per worker that decode and augment."""
-    checkpoint_every_s: float = 600.0
-    """Seconds between checkpoints; one is also written at the end of each epoch, and on SIGTERM."""
-    checkpoint_keep: int = 2
-    """How many of the newest checkpoints stay, beside the best."""
-    log_every_steps: int = 10
-    """Steps between records in metrics.jsonl."""
-    cluster: ClusterConfig = ClusterConfig()
-    """Workers that share each batch."""
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.batch_size, self.log_every_steps) < 1:
-            raise InputError("epochs, batch_size and log_every_steps must be at least 1")
+        self.require_positive("epochs", "batch_size", "log_every_steps")
         if not 0.0 < self.layer_decay <= 1.0:
             raise InputError(f"layer_decay is {self.layer_decay}; give more than 0, at most 1")
         if self.center_fraction is not None and not 0.0 < self.center_fraction <= 1.0:
@@ -150,23 +131,6 @@ class FinetuneConfig:
                     f"init is {self.init}, and --{name} is {place or 'not given'}; give --{name} with init "
                     f"{name}, and with no other"
                 )
-
-
-PLACES = (
-    "train",
-    "subset",
-    "val",
-    "output",
-    "backbone",
-    "tokenizer",
-    "cluster",
-    "micro_batch_size",
-    "decode_threads",
-    "checkpoint_every_s",
-    "checkpoint_keep",
-    "log_every_steps",
-)
-"""Settings that do not decide the result, or whose meaning the fingerprints of the inputs say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,10 +153,7 @@ class Finetuning:
 
 def finetune_classifier(config: FinetuneConfig) -> None:
     """Fine-tune, or finish fine-tuning, the classifier at `config.output`."""
-    config = storage.absolute_places(config, "val", "output", "backbone", "tokenizer")
-    config = dataclasses.replace(
-        config, train=",".join(split_urls(config.train)), subset=config.subset.absolute()
-    )
+    config = absolute_places(config)
     config = dataclasses.replace(config, teacher=with_absolute_weights(config.teacher))
     output = config.output
     train, val = open_splits(config)
@@ -201,11 +162,7 @@ def finetune_classifier(config: FinetuneConfig) -> None:
     start = _start(run)
     _train_reader(config, train, start, Worker()).close()
     inputs = _inputs(train, val, start)
-    finished = read_header(output, ARTIFACT) is not None
-    claimed = {"job": "finetune_classifier", "config": identity(config, PLACES), "inputs": inputs}
-    claim(output, claimed, may_change=("config.batch_size",), finished=finished)
-    if finished:
-        print(f"{output} is finished already, with the same settings and inputs: nothing to do", flush=True)
+    if not claim_output(config, "finetune_classifier", ARTIFACT, inputs, may_change=("config.batch_size",)):
         return
     run_training(_train, run, config.cluster)
     header = read_header(output, ARTIFACT)
@@ -360,7 +317,7 @@ def _train(run: Finetuning, worker: Worker) -> None:
         about: dict[str, Any] = {
             "steps": step,
             "seconds": progress.elapsed_s,
-            "config": identity(config, PLACES),
+            "config": identity(config),
         }
         goal, inputs = _goal(run), _inputs(train, val, start)
         last = storage.join(output, LAST)

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import artifacts, storage
-from pipeline.cluster.config import ClusterConfig
 from pipeline.cluster.training import run_training
-from pipeline.config import identity
+from pipeline.config import ASIDE, PLACE, absolute_places, identity
 from pipeline.errors import InputError
 from pipeline.training.checkpoints import CheckpointStore, TrainState
+from pipeline.training.config import TrainingConfig, claim_output
 from pipeline.training.metrics import MetricsLog, Progress
-from pipeline.training.optim import Precision, autocast, grad_scaler, resolve_precision
+from pipeline.training.optim import autocast, grad_scaler, resolve_precision
 from pipeline.training.step import require_finite, synchronized, to_device
 from pipeline.training.worker import Worker
 from pretrain.finetune.layer_decay import layerwise_groups, set_layerwise_lr
@@ -101,7 +101,7 @@ class PolyOptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationConfig:
+class SegmentationConfig(TrainingConfig):
     """Train UperNet on folders of images and label maps, and measure mIoU. Defaults: ADE20K, base size.
 
     An image and its label map have the same name but for the extension, in the same subfolder; label maps are
@@ -109,19 +109,17 @@ class SegmentationConfig:
     goes on from its last checkpoint; a finished one is left alone. The last line printed is `mIoU …`.
     """
 
-    train_images: str
+    train_images: str = field(metadata=PLACE)
     """Images to train on: a folder or any fsspec URL."""
-    train_labels: str
+    train_labels: str = field(metadata=PLACE)
     """Their label maps."""
-    val_images: str
+    val_images: str = field(metadata=PLACE)
     """Images on which mIoU is measured."""
-    val_labels: str
+    val_labels: str = field(metadata=PLACE)
     """Their label maps."""
     num_classes: int
     """Classes to tell apart: label values 0 to num_classes - 1; with reduce_zero_label 1 to num_classes."""
-    output: str
-    """Where the model goes: a folder or any fsspec URL."""
-    backbone: str | None = None
+    backbone: str | None = field(default=None, metadata=PLACE)
     """The backbone artifact, the output of pretrain_mim; with init scratch only its shape counts."""
     init: Literal["backbone", "scratch"] = "backbone"
     """Where the backbone's weights come from: the artifact, or chance."""
@@ -133,7 +131,7 @@ class SegmentationConfig:
     """Label value of pixels that count nowhere."""
     reduce_zero_label: bool = False
     """Label 0 counts nowhere, and label 1 is the first class, as in ADE20K."""
-    class_names: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | None = field(default=None, metadata=ASIDE)
     """Names of the classes, for the table of results."""
     drop_path: float = 0.15
     """Stochastic depth of the last block."""
@@ -151,26 +149,17 @@ class SegmentationConfig:
     """Crops per forward pass and worker, over which batch norm averages; null takes them all at once."""
     window_stride: int | None = None
     """Pixels between windows at evaluation; null is two thirds of a crop (341 of 512)."""
-    precision: Precision = "auto"
-    """Compute type: auto is bf16 or fp16 on CUDA, fp32 on CPU."""
-    seed: int = 0
-    """Decides initial weights, order and augmentation."""
-    decode_threads: int = 2
-    """Threads per worker that decode and augment."""
-    evaluate_every_steps: int | None = None
+    evaluate_every_steps: int | None = field(default=None, metadata=ASIDE)
     """Steps between evaluations; null evaluates at the end only."""
-    num_pictures: int = 16
+    num_pictures: int = field(default=16, metadata=ASIDE)
     """Pictures of the final predictions on val: image, truth, prediction side by side."""
-    check_threads: int = 8
+    check_threads: int = field(default=8, metadata=ASIDE)
     """Threads that decode all images and label maps once, before training."""
-    checkpoint_every_s: float = 600.0
+    checkpoint_every_s: float = field(default=600.0, metadata=ASIDE)
     """Seconds between checkpoints; one is also written on SIGTERM, and before the last evaluation."""
-    checkpoint_keep: int = 2
+    checkpoint_keep: int = field(default=2, metadata=ASIDE)
     """How many of the newest checkpoints stay."""
-    log_every_steps: int = 50
-    """Steps between records in metrics.jsonl."""
-    cluster: ClusterConfig = ClusterConfig()
-    """Workers that share each batch."""
+    log_every_steps: int = field(default=50, metadata=ASIDE)
 
     def __post_init__(self) -> None:
         counts = (self.num_classes, self.steps, self.batch_size, self.log_every_steps)
@@ -222,30 +211,9 @@ class SegmentationConfig:
         return 1 if self.micro_batch_size is None else math.ceil(share / self.micro_batch_size)
 
 
-PLACES = (
-    "output",
-    "backbone",
-    "train_images",
-    "train_labels",
-    "val_images",
-    "val_labels",
-    "cluster",
-    "decode_threads",
-    "check_threads",
-    "evaluate_every_steps",
-    "num_pictures",
-    "class_names",
-    "checkpoint_every_s",
-    "checkpoint_keep",
-    "log_every_steps",
-)
-"""Settings that do not decide the result; micro_batch_size does, by batch norm."""
-
-
 def finetune_segmentation(config: SegmentationConfig) -> Score:
     """Train, or finish training, the segmenter at `config.output`; its score on val, also printed."""
-    folders = ("train_images", "train_labels", "val_images", "val_labels")
-    config = storage.absolute_places(config, "output", "backbone", *folders)
+    config = absolute_places(config)
     output = config.output
     # Everything that can be refused is refused before anything is written.
     start = _read_start(config)
@@ -259,12 +227,7 @@ def finetune_segmentation(config: SegmentationConfig) -> Score:
         print(f"warning: no training pixel is labelled {', '.join(unseen)}", flush=True)
 
     inputs = {**start.inputs, "train": checked.fingerprint, "val": checked_val.fingerprint}
-    run = {"job": "finetune_segmentation", "config": identity(config, PLACES), "inputs": inputs}
-    finished = artifacts.read_header(output, ARTIFACT) is not None
-    artifacts.claim(output, run, finished=finished)
-    if finished:
-        print(f"{output} is finished already, with the same settings and inputs: nothing to do", flush=True)
-    else:
+    if claim_output(config, "finetune_segmentation", ARTIFACT, inputs):
         run_training(_train, _Run(config=config, inputs=inputs), config.cluster)
     score = Score.from_json(read_segmentation_header(output)["result"])
     print(f"{score.table(names)}\nmIoU {score.miou:.4f}", flush=True)
@@ -428,7 +391,7 @@ def _train(run: _Run, worker: Worker) -> None:
                 "metrics": metrics,
                 "steps": step,
                 "seconds": progress.elapsed_s,
-                "config": identity(config, PLACES),
+                "config": identity(config),
             },
         )
         log.close()

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.artifacts import canonical_json, differences, fingerprint, sha256_hex
+from pipeline.config import URL
 from pipeline.errors import InputError
 from shards.dataset.dataset import Dataset, open_dataset
 from shards.format.manifest import Kind, Manifest, ShardInfo
@@ -29,7 +30,7 @@ class SubsetConfig:
 
     labels: tuple[str, ...] | None = None
     """Names of classes, or their numbers."""
-    ids: str | None = None
+    ids: str | None = field(default=None, metadata=URL)
     """A file or URL with a sample id or key per line (`42`, `0000000042-00`; `1/0000000042-00` in the second
     of several datasets); its hash is part of the fingerprint."""
 
@@ -43,10 +44,6 @@ class SubsetConfig:
     def is_all(self) -> bool:
         """True where nothing is left out."""
         return self.labels is None and self.ids is None
-
-    def absolute(self) -> SubsetConfig:
-        """The same, with the list under a name that is valid in any process."""
-        return self if self.ids is None else dataclasses.replace(self, ids=storage.absolute(self.ids))
 
 
 def namespaced_key(sample_id: int, view: int) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from pipeline import artifacts, storage
 from pipeline.cluster.config import ClusterConfig
 from pipeline.cluster.items import map_items
-from pipeline.config import identity
+from pipeline.config import ASIDE, PLACE, identity
 from pipeline.errors import InputError
 from pipeline.training.metrics import Progress
 from shards.format.build import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, ForeignTar, build_shard
@@ -60,7 +60,7 @@ class PrepareConfig:
 
     source: str
     """Folder of images; .tar or .parquet file, a folder of them or a pattern such as s3://b/x-{000..009}.tar."""
-    output: str
+    output: str = field(metadata=PLACE)
     """Where the dataset goes; with val_fraction, the two datasets train/ and val/."""
     val_fraction: float = 0.0
     """Share of images set apart as val/, chosen by their content so that duplicates stay together."""
@@ -79,7 +79,7 @@ class PrepareConfig:
     """A shard holds no more bytes than this, unless a single image does."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """How image files become pixels."""
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata=ASIDE)
     """Where the work runs."""
 
     def __post_init__(self) -> None:
@@ -304,7 +304,7 @@ class Work:
 
 def _begin(config: PrepareConfig, root: str, sources: Sources) -> Part:
     plan = commit.start(root, plan_dataset(config, sources), beside=(SOURCES, commit.RUN_CONFIG))
-    commit.record_run(root, identity(config, ("output", "cluster")))
+    commit.record_run(root, identity(config))
     return Part(root=root, plan=plan)
 
 

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from pipeline.config import identity, parse, to_dict
+from pipeline.config import ASIDE, PLACE, PLACES, URL, absolute_places, identity, parse, to_dict
 from pipeline.errors import InputError
 
 
@@ -25,7 +25,7 @@ class Part:
 class Whole:
     """A whole made of parts."""
 
-    output: str
+    output: str = field(metadata=PLACE)
     """Where it goes."""
     part: Part = Part()
     """Its part."""
@@ -75,6 +75,59 @@ def test_mistyped_key_in_a_file(tmp_path: Path) -> None:
         parse(Whole, ["--config", str(tmp_path / "c.yaml")])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    """A part that names a file."""
+
+    ids: str | None = field(default=None, metadata=URL)
+    """Which."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """What several share."""
+
+    output: str = field(metadata=PLACE)
+    """Where it goes."""
+    threads: int = field(default=2, metadata=ASIDE)
+    """How many at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed(Base):
+    """A job with places."""
+
+    sources: str | None = field(default=None, metadata=PLACES)
+    """Where it comes from."""
+    threads: int = field(default=4, metadata=ASIDE)
+    inner: Inner = Inner()
+    """Which of it."""
+    count: int = 1
+    """How often."""
+
+
+def test_identity_keeps_what_decides_the_result() -> None:
+    config = Placed(output="x", sources="a,b", inner=Inner(ids="i"), count=2)
+    assert identity(config) == {"inner": {"ids": "i"}, "count": 2}
+
+
+def test_places_become_absolute_in_parts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = absolute_places(Placed(output="x", sources="a, s3://b/c/", inner=Inner(ids="i"), count=2))
+    here = Placed(
+        output=f"{tmp_path}/x", sources=f"{tmp_path}/a,s3://b/c", inner=Inner(ids=f"{tmp_path}/i"), count=2
+    )
+    assert config == here == absolute_places(here)
+    assert absolute_places(Placed(output="s3://b/o")).sources is None
+
+
+def test_an_inherited_field_keeps_its_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(Placed, ["--help"])
+    text = capsys.readouterr().out
+    assert "Where it goes." in text and "How many at once. (type: int, default: 4)" in text
+
+
 def test_identity_leaves_places_out() -> None:
     config = Whole(output="x", part=Part(size=(0.1, 0.2)))
     assert to_dict(config) == {
@@ -83,7 +136,7 @@ def test_identity_leaves_places_out() -> None:
         "count": 3,
         "loud": False,
     }
-    assert identity(config, ("output",)) == {
+    assert identity(config) == {
         "part": {"size": [0.1, 0.2], "name": None},
         "count": 3,
         "loud": False,

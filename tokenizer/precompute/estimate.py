@@ -19,6 +19,7 @@ import torch
 
 from pipeline import storage
 from pipeline.artifacts import differences
+from pipeline.config import absolute_places
 from pipeline.errors import InputError
 from pipeline.training.metrics import duration
 from shards.dataset.dataset import Dataset, ShardTable, open_dataset, open_table
@@ -30,7 +31,7 @@ from shards.pixels.decode import decode_config_of
 from shards.pixels.views import decode_crop
 from shards.reader.order import DEFAULT_LANES
 from tokenizer.model.artifact import VisualTokenizer
-from tokenizer.precompute.run import PLACES, Cropper, PrecomputeConfig, WritePass, planned_passes
+from tokenizer.precompute.run import Cropper, PrecomputeConfig, WritePass, planned_passes
 
 EPOCHS = (300, 800, 1600)
 """The paper's pretraining lengths."""
@@ -94,7 +95,7 @@ def dry_run(config: PrecomputeConfig) -> Estimate:
 
     No cluster is started or asked: the device is this machine's, unless a pass was begun with another.
     """
-    config = storage.absolute_places(config, *PLACES)
+    config = absolute_places(config)
     passes = planned_passes(config, _device(config))
     for one in passes:
         _refuse_another_plan(one)

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Generic, TypeVar
 
@@ -27,7 +27,7 @@ from pipeline import storage
 from pipeline.artifacts import canonical_json, differences
 from pipeline.cluster.config import ClusterConfig, device_type
 from pipeline.cluster.items import map_items
-from pipeline.config import identity, to_dict
+from pipeline.config import ASIDE, PLACE, URL, absolute_places, identity, to_dict
 from pipeline.errors import InputError
 from pipeline.training.metrics import Progress
 from pipeline.training.optim import Precision
@@ -60,20 +60,20 @@ class PrecomputeConfig:
     the same images) and by `code_layer` (another tokenizer over the stored crops), and is not rewritten.
     """
 
-    output: str
+    output: str = field(metadata=PLACE)
     """Where the token shards go, or the dataset that grows: a folder or any fsspec URL."""
-    tokenizer: str
+    tokenizer: str = field(metadata=URL)
     """Tokenizer artifact, the output of train_tokenizer."""
-    images: str | None = None
+    images: str | None = field(default=None, metadata=URL)
     """Image shards, the output of prepare_images; not read for a code layer."""
     extend: bool = False
     """Add views to the finished dataset at output, up to views.views_per_image in all; the other settings are
     those it was made with."""
     code_layer: bool = False
     """Add the codes of another tokenizer for the crops stored at output; reads no images."""
-    dry_run: bool = False
+    dry_run: bool = field(default=False, metadata=ASIDE)
     """Print what the pass would take, measured on a few images, and write nothing."""
-    json: bool = False
+    json: bool = field(default=False, metadata=ASIDE)
     """With dry_run: print one line of JSON instead of text."""
     views: ViewPolicy = ViewPolicy()
     """Which crops; views_per_image is the number that is stored of each image."""
@@ -88,7 +88,7 @@ class PrecomputeConfig:
     """Threads per worker that decode, crop and encode JPEG while the encoder runs."""
     encoder_threads: int = 2
     """CPU threads of the encoder; part of the plan, because sums may round otherwise with another number."""
-    cluster: ClusterConfig = ClusterConfig()
+    cluster: ClusterConfig = field(default=ClusterConfig(), metadata=ASIDE)
     """Ray actors that share the shards."""
 
     def __post_init__(self) -> None:
@@ -98,12 +98,6 @@ class PrecomputeConfig:
             raise InputError("--images is missing: name the image shards that the crops come from")
         if self.json and not self.dry_run:
             raise InputError("--json is the form of what --dry_run prints; give both or neither")
-
-
-PLACES = ("images", "tokenizer", "output")
-
-NOT_SETTINGS = ("output", "cluster", "dry_run", "json")
-"""Fields that decide nothing about what is written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +127,7 @@ def precompute_shards(config: PrecomputeConfig) -> Manifest:
     # For the workers of a Ray that this job starts: OpenMP threads that wait give their core to the cropping
     # instead of spinning on it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    config = storage.absolute_places(config, *PLACES)
+    config = absolute_places(config)
     passes = planned_passes(config, device_type(config.cluster))
     return [_write(config, one) for one in passes][-1]
 
@@ -162,7 +156,7 @@ def planned_passes(config: PrecomputeConfig, device: str) -> list[WritePass]:
 
 def _write(config: PrecomputeConfig, work: WritePass) -> Manifest:
     root, plan = work.root, start(work.root, work.plan)
-    record_run(root, identity(config, NOT_SETTINGS))
+    record_run(root, identity(config))
     todo = unfinished(root, plan)
     _announce(plan, todo)
     writer = LayerWriter if plan.kind == "codes" else ShardWriter
