@@ -19,8 +19,14 @@ from torch import Tensor
 from pipeline import artifacts, storage
 from pipeline.config import run_job
 from pipeline.errors import InputError
-from pretrain.model.artifacts import classifier_config, read_classifier_header, read_classifier_weights
-from pretrain.model.backbone import BackboneConfig, backbone_config, read_backbone_header, read_weights
+from pretrain.model.artifacts import (
+    backbone_config,
+    classifier_config,
+    read_backbone_header,
+    read_classifier_header,
+    read_weights,
+)
+from pretrain.model.backbone import BackboneConfig
 from pretrain.model.export import (
     CardFacts,
     model_card,
@@ -107,13 +113,13 @@ def _export(url: str, config: ExportConfig) -> tuple[dict[str, Any], Export]:
     match kind:
         case "backbone":
             header = read_backbone_header(url)
-            tensors, shape = read_weights(url, header), backbone_config(header)
+            tensors, shape = read_weights(url, header), backbone_config(header["config"])
             if config.format == "official":
                 return header, _official(header, tensors, shape, config)
             model = vision_model_of_backbone(tensors, shape, config.image_size)
         case "classifier":
             header = read_classifier_header(url)
-            tensors, classifier = read_classifier_weights(url, header), classifier_config(header)
+            tensors, classifier = read_weights(url, header), classifier_config(header["config"])
             if config.format == "official":
                 return header, _official(header, tensors, classifier.backbone, config)
             model = vision_model_of_classifier(tensors, classifier, header["class_names"], config.image_size)

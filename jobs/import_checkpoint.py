@@ -15,10 +15,10 @@ from pipeline import artifacts, storage
 from pipeline.config import ASIDE, PLACE, identity, run_job
 from pipeline.errors import InputError
 from pipeline.tensorfile import TensorFile, read_tensors
-from pretrain.model.artifacts import save_classifier
-from pretrain.model.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, save_backbone
+from pretrain.model.artifacts import save_backbone, save_classifier
+from pretrain.model.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from pretrain.model.classifier import Classifier
-from pretrain.model.mim import MIM, mim_header
+from pretrain.model.mim import MIM
 from pretrain.model.official import backbone_from_official, classifier_from_official, kind_of
 from tokenizer.model.artifact import METRICS, save_tokenizer
 from tokenizer.model.official import DROPPED, HEAD_DIM, is_tokenizer, published_teacher, vqkd_from_official
@@ -72,7 +72,7 @@ def main(config: ImportConfig) -> None:
         case Classifier():
             save_classifier(output, model, names, inputs=inputs, run=run)
         case MIM():
-            save_backbone(output, model, mim=mim_header(model), inputs=inputs, run=run)
+            save_backbone(output, model, inputs=inputs, run=run)
         case _:
             save_backbone(output, model, inputs=inputs, run=run)
     print(f"{output}: {_described(model, config)}, from {source.url}", flush=True)

@@ -27,7 +27,7 @@ from pipeline.config import run_job
 from pipeline.errors import InputError
 from pipeline.training import metrics
 from pretrain.evals.codebook import MIN_PATCHES
-from pretrain.model.mim import load_mim
+from pretrain.model.artifacts import load_mim
 from shards.dataset.dataset import Dataset
 from shards.dataset.summary import code_statistics, count_codes
 from shards.pixels.views import ViewPolicy

@@ -34,8 +34,9 @@ from pipeline.training.optim import (
 from pipeline.training.step import require_finite, synchronized, to_device
 from pipeline.training.worker import Worker
 from pretrain.masking import MaskConfig, block_masks
-from pretrain.model.backbone import ARTIFACT, BackboneSize, read_backbone_header, save_backbone
-from pretrain.model.mim import MIM, MIMConfig, masked_patches, mim_figures, mim_header, mim_loss
+from pretrain.model.artifacts import BACKBONE, read_backbone_header, save_backbone
+from pretrain.model.backbone import BackboneSize
+from pretrain.model.mim import MIM, MIMConfig, masked_patches, mim_figures, mim_loss
 from shards.dataset.corpus import SubsetConfig, open_corpus
 from shards.dataset.dataset import Dataset
 from shards.pixels.views import ViewPolicy
@@ -129,7 +130,7 @@ def pretrain_mim(config: PretrainConfig) -> None:
     with _reader(config, source, Worker()) as reader:
         # The order belongs to the run: with another cache it goes on at the next unseen sample too.
         config = replace(config, lanes=reader.lanes, window=reader.window)
-    if not claim_output(config, "pretrain_mim", ARTIFACT, source.inputs, may_change=("config.batch_size",)):
+    if not claim_output(config, "pretrain_mim", BACKBONE, source.inputs, may_change=("config.batch_size",)):
         return
     run_training(_train, config, config.cluster)
     header = read_backbone_header(output)
@@ -306,7 +307,6 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
         save_backbone(
             output,
             model,
-            mim=mim_header(model),
             tokenizer=source.tokenizer,
             inputs=source.inputs,
             run={

@@ -15,7 +15,8 @@ for absent in ("ray", "open_clip", "webdataset", "moto"):
     sys.modules[absent] = None  # importing it now raises ImportError
 
 from pipeline.cluster.config import ClusterConfig
-from pretrain.model.backbone import BackboneSize, load_backbone
+from pretrain.model.artifacts import load_backbone
+from pretrain.model.backbone import BackboneSize
 from pretrain.model.mim import MIMConfig, PatchAggregationConfig
 from pretrain.train import PretrainConfig, pretrain_mim
 from shards.writer.prepare import PrepareConfig, prepare_images

@@ -41,7 +41,7 @@ from shards.reader.disk_cache import CacheConfig
 from shards.reader.figures import ReaderReports
 from shards.reader.reader import ShardReader
 from tokenizer.model.artifact import save_tokenizer
-from tokenizer.model.quantizer import CodeStatistics, CodeUsage
+from tokenizer.model.quantizer import CodeSums, CodeUsage
 from tokenizer.model.teacher import Teacher, TeacherConfig, build_teacher, with_absolute_weights
 from tokenizer.model.vqkd import VQKD, VQKDConfig, VQKDOutput, normalize_pixels
 
@@ -210,7 +210,7 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
         for batch in reader.batches(epoch, position):
             place = epoch * steps_per_epoch + batch.position / config.batch_size
             set_lr(optimizer, lr(place))
-            statistics: list[CodeStatistics] = []
+            code_sums: list[CodeSums] = []
             tokens: list[Tensor] = []
             share = batch.pixels.shape[0]
             micro = config.micro_batch_size or share
@@ -224,8 +224,8 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
                     weight = pixels.shape[0] * worker.world_size / batch.global_size
                     scaler.scale(out.loss * weight).backward()
                 means.add(pixels.shape[0], loss=out.loss, rec_loss=out.rec_loss, emb_loss=out.emb_loss)
-                assert out.statistics is not None
-                statistics.append(out.statistics)
+                assert out.code_sums is not None
+                code_sums.append(out.code_sums)
                 tokens.append(out.features.flatten(0, 1))
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad_norm or math.inf)
@@ -233,7 +233,7 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             # The codes follow the tokens of the whole step, gathered over micro-batches and ranks.
-            usage.counts += model.quantize.update_(functools.reduce(operator.add, statistics), worker)
+            usage.counts += model.quantize.update_(functools.reduce(operator.add, code_sums), worker)
             if config.model.restart_dead_codes and (step + 1) % config.model.restart_every == 0:
                 model.quantize.restart_dead_(
                     torch.cat(tokens), worker, steps=config.model.restart_every, seed=config.seed + step

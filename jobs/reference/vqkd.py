@@ -31,7 +31,7 @@ from jobs.reference.fixtures import (
 )
 from pipeline.training.optim import build_optimizer, set_lr
 from pipeline.training.worker import Worker
-from tokenizer.model.quantizer import CodeUsage, l2_normalize, sum_statistics
+from tokenizer.model.quantizer import CodeUsage, l2_normalize
 from tokenizer.model.vqkd import VQKD, VQKDConfig
 
 ALONE = Worker()
@@ -108,7 +108,8 @@ def check_vqkd(fixture: Fixture, checks: Checks) -> None:
     if "grad_norm" in case.meta:
         norm = torch.nn.utils.get_total_norm(list(ours.values()))
         checks.close("gradient norm", norm, torch.tensor(case.meta["grad_norm"]), GRADIENTS)
-    model.quantize.update_(sum_statistics([out.statistics]), ALONE)
+    assert out.code_sums is not None
+    model.quantize.update_(out.code_sums, ALONE)
     checks.close(
         "codebook_after, one EMA update", model.quantize.codebook, need(io, "codebook_after"), FORWARD
     )
@@ -190,7 +191,7 @@ def _check_steps(case: _Case, checks: Checks) -> None:
         norms.append(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
         set_lr(optimizer, rate)
         optimizer.step()
-        model.quantize.update_(sum_statistics([out.statistics]), ALONE)
+        model.quantize.update_(out.code_sums, ALONE)
         for name, value in (("total", out.loss), ("quant", out.emb_loss), ("rec", out.rec_loss)):
             losses[name].append(value.detach())
     for name, values in losses.items():

@@ -13,7 +13,7 @@ from pipeline import artifacts, storage
 from pipeline.errors import InputError
 from pipeline.training import metrics
 from pretrain.evals import probe
-from pretrain.model.backbone import read_backbone_header
+from pretrain.model.artifacts import read_backbone_header
 from shards.dataset.dataset import Dataset, open_dataset
 from shards.format.manifest import MANIFEST
 from tokenizer.model.artifact import read_tokenizer

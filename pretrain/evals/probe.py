@@ -55,7 +55,8 @@ from pretrain.evals.intervals import compare, wilson_interval
 from pretrain.evals.knn import knn_predictions
 from pretrain.evals.linear import LabelledFeatures, Sweep, choose_lr, train_classifiers
 from pretrain.evals.probe_result import KnnScore, ProbeResult, Score, percent
-from pretrain.model.backbone import Backbone, load_backbone, read_backbone_header
+from pretrain.model.artifacts import load_backbone, read_backbone_header
+from pretrain.model.backbone import Backbone
 from shards.dataset.corpus import SubsetConfig, open_corpus
 from shards.dataset.dataset import Dataset, open_dataset
 

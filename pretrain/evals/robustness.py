@@ -273,7 +273,7 @@ def evaluate_robustness(config: RobustnessConfig) -> None:
 
 
 def _outputs(url: str, header: Mapping[str, Any]) -> Outputs:
-    num_classes, names = classifier_config(header).num_classes, header["class_names"]
+    num_classes, names = classifier_config(header["config"]).num_classes, header["class_names"]
     if num_classes == 0:
         raise InputError(f"{url} has no head and so tells no classes apart; give a fine-tuned classifier")
     return Outputs(url=url, num_classes=num_classes, class_names=None if names is None else tuple(names))
@@ -281,7 +281,7 @@ def _outputs(url: str, header: Mapping[str, Any]) -> Outputs:
 
 def _crops(config: RobustnessConfig, header: Mapping[str, Any]) -> Crops:
     """The evaluation crop of the fine-tuning, where that is known and nothing else is asked for."""
-    image_size = classifier_config(header).backbone.image_size
+    image_size = classifier_config(header["config"]).backbone.image_size
     run: Mapping[str, Any] = header["run"].get("config", {})
     interpolation = config.interpolation or run.get("views", {}).get("interpolation") or "bicubic"
     fraction = config.center_fraction or run.get("center_fraction") or default_center_fraction(image_size)

@@ -13,8 +13,17 @@ from torch import Tensor, nn
 
 from pipeline import artifacts
 from pipeline.errors import InputError
-from pretrain.model import artifacts as classifier_artifact
-from pretrain.model import backbone
+from pretrain.model.artifacts import (
+    BACKBONE,
+    CLASSIFIER,
+    backbone_config,
+    classifier_config,
+    read_backbone_header,
+    read_classifier_header,
+    read_weights,
+    save_classifier,
+    weights_file,
+)
 from pretrain.model.backbone import BackboneConfig, BackboneSize, normalize_images
 from pretrain.model.classifier import Classifier, ClassifierConfig, Pooling, classifier_from_backbone
 from tokenizer.model.artifact import load_vqkd, read_tokenizer
@@ -117,25 +126,22 @@ def from_backbone(url: str, goal: Goal) -> Start:
 
     It fits when it has as many classes. InputError when these have other names, or nothing usable is there.
     """
-    kind = backbone.ARTIFACT
-    if artifacts.read_header(url, kind) is not None:
-        header = backbone.read_backbone_header(url)
-        tensors = backbone.read_weights(url, header)
-        config = ClassifierConfig(backbone=backbone.backbone_config(header), num_classes=0)
+    if artifacts.read_header(url, BACKBONE) is not None:
+        header = read_backbone_header(url)
+        config = ClassifierConfig(backbone=backbone_config(header["config"]), num_classes=0)
     else:
-        kind = classifier_artifact.ARTIFACT
-        if artifacts.read_header(url, kind) is None:
+        if artifacts.read_header(url, CLASSIFIER) is None:
             raise InputError(
                 f"no finished backbone or classifier at {url}; give the --output of a finished pretrain_mim "
                 "or finetune_classifier"
             )
-        header = classifier_artifact.read_classifier_header(url)
-        tensors = classifier_artifact.read_classifier_weights(url, header)
-        config = classifier_artifact.classifier_config(header)
+        header = read_classifier_header(url)
+        config = classifier_config(header["config"])
         _check_classes(url, header["class_names"], goal)
+    tensors = read_weights(url, header)
     if goal.new_head:
         tensors = {key: value for key, value in tensors.items() if not key.startswith("head.")}
-    origin = {"kind": kind, "fingerprint": header["fingerprint"], "inputs": header["inputs"]}
+    origin = {"kind": header["kind"], "fingerprint": header["fingerprint"], "inputs": header["inputs"]}
     model = _classifier(tensors, config, goal)
     return Start(model=model, origin=origin, tokenizer=header["tokenizer"])
 
@@ -196,7 +202,7 @@ def save_finetuned(
     nothing but fine-tuning reads it here.
     """
     if isinstance(start.model, Classifier):
-        return classifier_artifact.save_classifier(
+        return save_classifier(
             url,
             start.model,
             goal.class_names,
@@ -217,8 +223,7 @@ def save_finetuned(
         "metrics": dict(metrics),
         "fingerprint": artifacts.sha256_hex(weights),
     }
-    files = {classifier_artifact.WEIGHTS_FILE: weights}
-    return artifacts.publish(url, classifier_artifact.ARTIFACT, files, header)
+    return artifacts.publish(url, CLASSIFIER, {weights_file(CLASSIFIER): weights}, header)
 
 
 # ------------------------------------------------------------------------------------------------ inside

@@ -47,7 +47,7 @@ from pretrain.finetune.start import (
     from_tokenizer,
     save_finetuned,
 )
-from pretrain.model.artifacts import ARTIFACT
+from pretrain.model.artifacts import CLASSIFIER
 from pretrain.model.backbone import BackboneSize
 from pretrain.model.classifier import Pooling
 from shards.dataset.corpus import SubsetConfig, open_corpus
@@ -162,10 +162,10 @@ def finetune_classifier(config: FinetuneConfig) -> None:
     start = _start(run)
     _train_reader(config, train, start, Worker()).close()
     inputs = _inputs(train, val, start)
-    if not claim_output(config, "finetune_classifier", ARTIFACT, inputs, may_change=("config.batch_size",)):
+    if not claim_output(config, "finetune_classifier", CLASSIFIER, inputs, may_change=("config.batch_size",)):
         return
     run_training(_train, run, config.cluster)
-    header = read_header(output, ARTIFACT)
+    header = read_header(output, CLASSIFIER)
     assert header is not None
     figures = ", ".join(f"{name} {value:.4g}" for name, value in header["metrics"].items())
     print(f"classifier {header['fingerprint'][:12]} at {output}: {figures}", flush=True)

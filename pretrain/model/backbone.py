@@ -1,23 +1,17 @@
 """The student ViT of BEiT v2 (paper §2.3, Table 9): [CLS], layer scale, one shared relative-position table.
 
-Also its artifact, `backbone.safetensors` with `backbone.json`. Parameter names are those of the published
-pretraining checkpoints.
+Parameter names are those of the published pretraining checkpoints.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Literal
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pipeline import artifacts
 from pipeline.errors import InputError
 from tokenizer.model.vit import LAYER_NORM_EPS, Block, PatchEmbed, drop_path_rates, rescale_residual_branches
 
@@ -27,13 +21,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 INIT_STD = 0.02
 INIT_TRUNCATE_AT = 0.02  # one sigma: what is drawn has a standard deviation of 0.0108 (reference.md §3)
 
-ARTIFACT = "backbone"
-WEIGHTS_FILE = "backbone.safetensors"
-
 # Tensors of a MIM model that its backbone has no use for.
 HEAD_PREFIXES = ("lm_head.", "cls_pt_")
 
 SizeName = Literal["tiny", "small", "base", "large"]
+
+_SIZES = {
+    "tiny": (192, 12, 3, 0.1),
+    "small": (384, 12, 6, 0.1),
+    "base": (768, 12, 12, 0.1),
+    "large": (1024, 24, 16, 1e-5),
+}
+"""Width, depth, heads and first layer scale by name (Table 9)."""
 
 # Shapes below: B images, S pixels a side, G patches a side, N = G * G patches, T = N + 1 tokens ([CLS]
 # first), D width, H heads.
@@ -116,18 +115,9 @@ class BackboneSize:
 
     def resolve(self, *, image_size: int, patch_size: int) -> BackboneConfig:
         """The complete config for images and patches of this size; InputError when it cannot be built."""
-        match self.size:
-            case "tiny":
-                width, depth, heads, layer_scale_init = 192, 12, 3, 0.1
-            case "small":
-                width, depth, heads, layer_scale_init = 384, 12, 6, 0.1
-            case "base":
-                width, depth, heads, layer_scale_init = 768, 12, 12, 0.1
-            case "large":
-                width, depth, heads, layer_scale_init = 1024, 24, 16, 1e-5
-            case _:
-                names = ", ".join(get_args(SizeName))
-                raise InputError(f"no backbone size {self.size!r}; choose one of {names}")
+        if self.size not in _SIZES:
+            raise InputError(f"no backbone size {self.size!r}; choose one of {', '.join(_SIZES)}")
+        width, depth, heads, layer_scale_init = _SIZES[self.size]
         return BackboneConfig(
             image_size=image_size,
             patch_size=patch_size,
@@ -290,99 +280,3 @@ def init_module(module: nn.Module) -> None:
         init_trunc_normal(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-# ------------------------------------------------------------------------------------------------ artifact
-
-
-def save_backbone(
-    url: str,
-    model: Backbone,
-    *,
-    mim: Mapping[str, Any] | None = None,
-    tokenizer: Mapping[str, Any] | None = None,
-    inputs: Mapping[str, str] | None = None,
-    run: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Publish a backbone, or a MIM model with its heads, and return the header.
-
-    mim: the `MIMConfig` as a dict, when the weights hold its heads; tokenizer: the manifest's block;
-    inputs: fingerprints of what it was trained on; run: resolved config and final figures.
-    """
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    weights = safetensors.torch.save(tensors)
-    config = dataclasses.asdict(model.config)
-    header = {
-        "kind": ARTIFACT,
-        "config": config,
-        "mim": None if mim is None else dict(mim),
-        "tokenizer": None if tokenizer is None else dict(tokenizer),
-        "inputs": dict(inputs or {}),
-        "run": dict(run or {}),
-        "fingerprint": artifacts.fingerprint({"config": config, "weights": artifacts.sha256_hex(weights)}),
-    }
-    return artifacts.publish(url, ARTIFACT, {WEIGHTS_FILE: weights}, header)
-
-
-def read_backbone_header(url: str) -> dict[str, Any]:
-    """The header that `save_backbone` wrote; InputError when there is no finished backbone at the URL."""
-    header = artifacts.read_header(url, ARTIFACT)
-    if header is None:
-        raise InputError(f"no finished backbone at {url}; give the --output of a finished pretraining run")
-    if header.get("kind") != ARTIFACT or not isinstance(header.get("config"), dict):
-        raise InputError(f"{url} holds no backbone of this project; check the URL")
-    return header
-
-
-def backbone_config(header: Mapping[str, Any]) -> BackboneConfig:
-    """The config in a header; InputError when a key is unknown or a value makes no sense."""
-    held = dict(header["config"])
-    known = {field.name for field in dataclasses.fields(BackboneConfig)}
-    if held.keys() != known:
-        names = ", ".join(sorted(held.keys() ^ known))
-        raise InputError(
-            f"the backbone's config differs from this version's in {names}; use the other version"
-        )
-    try:
-        held["mean"], held["std"] = tuple(held["mean"]), tuple(held["std"])
-        return BackboneConfig(**held)
-    except TypeError as error:
-        raise InputError(f"the backbone's config is damaged ({error}); make the backbone again") from None
-
-
-def load_backbone(url: str, device: str | torch.device = "cpu") -> Backbone:
-    """The backbone at a URL in eval mode, without the heads it was pretrained with.
-
-    Raises InputError when it is unfinished, damaged, or its tensors do not match its config.
-    """
-    header = read_backbone_header(url)
-    tensors = read_weights(url, header)
-    kept = {key: value for key, value in tensors.items() if not key.startswith(HEAD_PREFIXES)}
-    model = Backbone(backbone_config(header))
-    load_tensors(model, kept, url)
-    return model.eval().requires_grad_(False).to(device)
-
-
-def read_weights(url: str, header: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All tensors of an artifact, checked against the header's size and hash."""
-    try:
-        return safetensors.torch.load(artifacts.read_file(url, header, WEIGHTS_FILE))
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{url}/{WEIGHTS_FILE} is damaged ({error}); make the backbone again") from None
-
-
-def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], url: str) -> None:
-    """Load exactly these tensors; InputError names the first that is missing, left over or misshapen."""
-    expected = model.state_dict()
-    for key in [*expected, *sorted(tensors)]:
-        ours, theirs = expected.get(key), tensors.get(key)
-        if ours is None or theirs is None or ours.shape != theirs.shape:
-            raise InputError(
-                f"{url}: {key} is {_shape(theirs)} in the weights, but {_shape(ours)} by the config; "
-                "the two do not belong together, make or import the backbone again"
-            )
-    model.load_state_dict(cast(dict[str, Any], tensors))
-
-
-def _shape(tensor: Tensor | None) -> str:
-    return "absent" if tensor is None else "x".join(str(size) for size in tensor.shape) or "a scalar"

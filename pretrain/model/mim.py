@@ -6,24 +6,15 @@ sees the final [CLS] with patches of an early layer, which pushes what is global
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
-from pretrain.model.backbone import (
-    Backbone,
-    BackboneConfig,
-    backbone_config,
-    init_module,
-    load_tensors,
-    read_backbone_header,
-    read_weights,
-)
+from pretrain.model.backbone import Backbone, BackboneConfig, init_module
 from tokenizer.model.vit import LAYER_NORM_EPS, Block, drop_path_rates, rescale_residual_branches
 
 # Shapes below: B images, N patches, T = N + 1 tokens, D width, K codes, M masked patches of the whole batch.
@@ -181,34 +172,6 @@ def mim_figures(sums: Tensor, *, aggregated: bool) -> MIMFigures:
         loss_cls=loss_cls / count if aggregated else None,
         accuracy_cls=correct_cls / count if aggregated else None,
     )
-
-
-def mim_header(model: MIM) -> dict[str, Any]:
-    """The `mim` block of a backbone's header: what it takes to build the heads again."""
-    return {"config": dataclasses.asdict(model.mim_config), "codebook_size": model.codebook_size}
-
-
-def load_mim(url: str, device: str | torch.device = "cpu") -> MIM:
-    """The whole pretraining model of a backbone artifact, heads included, in eval mode.
-
-    Raises InputError when the artifact is unfinished, damaged, inconsistent, or holds no heads.
-    """
-    header = read_backbone_header(url)
-    held = header.get("mim")
-    if held is None:
-        raise InputError(f"the backbone at {url} holds no pretraining heads; give one written by pretraining")
-    try:
-        config = dict(held["config"])
-        aggregation = PatchAggregationConfig(**config.pop("patch_aggregation"))
-        mim_config = MIMConfig(patch_aggregation=aggregation, **config)
-        model = MIM(backbone_config(header), mim_config, held["codebook_size"])
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"the heads of the backbone at {url} are not described as this version does ({error!r}); "
-            "use the version that made it"
-        ) from None
-    load_tensors(model, read_weights(url, header), url)
-    return model.eval().requires_grad_(False).to(device)
 
 
 def _aggregation_blocks(

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,14 +30,18 @@ from pipeline.training.optim import autocast, grad_scaler, resolve_precision
 from pipeline.training.step import require_finite, synchronized, to_device
 from pipeline.training.worker import Worker
 from pretrain.finetune.layer_decay import layerwise_groups, set_layerwise_lr
-from pretrain.model import artifacts as classifier_artifact
-from pretrain.model.backbone import (
-    BackboneSize,
+from pretrain.model.artifacts import (
+    CLASSIFIER,
     backbone_config,
+    classifier_config,
     load_tensors,
+    publish_model,
     read_backbone_header,
+    read_classifier_header,
+    read_model_header,
     read_weights,
 )
+from pretrain.model.backbone import BackboneSize
 from pretrain.model.classifier import Classifier, ClassifierConfig, classifier_from_backbone
 from pretrain.segment.label_maps import (
     IGNORED,
@@ -62,7 +65,6 @@ from pretrain.segment.upernet import (
 )
 
 ARTIFACT = "segmentation"
-WEIGHTS_FILE = "segmentation.safetensors"
 PICTURES = "pictures"
 
 
@@ -507,14 +509,13 @@ def _read_start(config: SegmentationConfig) -> _Start:
         size = config.scratch.resolve(image_size=config.crops.size, patch_size=config.patch_size)
         return _Start(shape=ClassifierConfig(backbone=size, num_classes=0), weights=None, inputs={})
     url, scratch = config.backbone, config.init == "scratch"
-    if artifacts.read_header(url, classifier_artifact.ARTIFACT) is not None:
-        header = classifier_artifact.read_classifier_header(url)
-        shape = classifier_artifact.classifier_config(header)
-        weights = None if scratch else classifier_artifact.read_classifier_weights(url, header)
+    if artifacts.read_header(url, CLASSIFIER) is not None:
+        header = read_classifier_header(url)
+        shape = classifier_config(header["config"])
     else:
         header = read_backbone_header(url)
-        shape = ClassifierConfig(backbone=backbone_config(header), num_classes=0)
-        weights = None if scratch else read_weights(url, header)
+        shape = ClassifierConfig(backbone=backbone_config(header["config"]), num_classes=0)
+    weights = None if scratch else read_weights(url, header)
     return _Start(shape=shape, weights=weights, inputs={"backbone": header["fingerprint"]})
 
 
@@ -550,32 +551,18 @@ def save_segmenter(
     run: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Publish a segmenter with its score, what it was trained on and how; returns the header."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    weights = safetensors.torch.save(tensors)
     config = {
         "backbone": dataclasses.asdict(model.backbone.config),
         "head": dataclasses.asdict(model.config),
         "num_classes": model.num_classes,
     }
-    header = {
-        "kind": ARTIFACT,
-        "config": config,
-        "result": dict(result),
-        "inputs": dict(inputs),
-        "run": dict(run),
-        "fingerprint": artifacts.fingerprint({"config": config, "weights": artifacts.sha256_hex(weights)}),
-    }
-    return artifacts.publish(url, ARTIFACT, {WEIGHTS_FILE: weights}, header)
+    entries = {"result": dict(result), "inputs": dict(inputs), "run": dict(run)}
+    return publish_model(url, ARTIFACT, model, config, entries)
 
 
 def read_segmentation_header(url: str) -> dict[str, Any]:
     """The header that `save_segmenter` wrote; InputError when there is no finished segmenter at the URL."""
-    header = artifacts.read_header(url, ARTIFACT)
-    if header is None:
-        raise InputError(
-            f"no finished segmenter at {url}; give the --output of a finished finetune_segmentation"
-        )
-    return header
+    return read_model_header(url, ARTIFACT, "finetune_segmentation")
 
 
 def load_segmenter(url: str, device: str | torch.device = "cpu") -> Segmenter:
@@ -584,9 +571,9 @@ def load_segmenter(url: str, device: str | torch.device = "cpu") -> Segmenter:
     Raises InputError when it is unfinished, damaged, or its tensors do not match its config.
     """
     header = read_segmentation_header(url)
-    held = header["config"]
-    head: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in held["head"].items()}
-    backbone = Classifier(classifier_artifact.classifier_config({"config": held["backbone"]}))
-    model = Segmenter(backbone, UperNetConfig(**head), held["num_classes"])
-    load_tensors(model, safetensors.torch.load(artifacts.read_file(url, header, WEIGHTS_FILE)), url)
+    config = header["config"]
+    head: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in config["head"].items()}
+    backbone = Classifier(classifier_config(config["backbone"]))
+    model = Segmenter(backbone, UperNetConfig(**head), config["num_classes"])
+    load_tensors(model, read_weights(url, header), url)
     return model.eval().requires_grad_(False).to(device)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from jobs.export_backbone import ExportConfig, main
 from pipeline import storage
 from pipeline.errors import InputError
-from pretrain.model.artifacts import save_classifier
-from pretrain.model.backbone import Backbone, BackboneConfig, save_backbone
+from pretrain.model.artifacts import save_backbone, save_classifier
+from pretrain.model.backbone import Backbone, BackboneConfig
 from pretrain.model.classifier import Classifier, ClassifierConfig
-from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig, mim_header
+from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
 from pretrain.model.official import classifier_from_official, official_finetuning
 from tokenizer.model.artifact import METRICS, save_tokenizer
 from tokenizer.model.official import published_teacher, vqkd_from_official
@@ -44,7 +44,6 @@ def backbone(tmp_path: Path) -> tuple[MIM, str]:
     save_backbone(
         str(tmp_path / "backbone"),
         model,
-        mim=mim_header(model),
         tokenizer={"fingerprint": "t" * 64, "teacher": {"name": "hog"}},
         inputs={"shards": "s" * 64},
         run={"metrics": {"loss": 5.4321}, "steps": 77},

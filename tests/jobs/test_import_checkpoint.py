@@ -18,9 +18,7 @@ from torch import Tensor
 from jobs.import_checkpoint import ImportConfig, main
 from pipeline import tensorfile
 from pipeline.errors import InputError
-from pretrain.model.artifacts import load_classifier
-from pretrain.model.backbone import load_backbone, read_backbone_header
-from pretrain.model.mim import load_mim
+from pretrain.model.artifacts import load_backbone, load_classifier, load_mim, read_backbone_header
 from tokenizer.model.artifact import VisualTokenizer, read_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -23,8 +23,9 @@ from pipeline import artifacts
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from pretrain.evals.probe import ProbeResult, Score, compare, wilson_interval
-from pretrain.model.backbone import Backbone, BackboneConfig, save_backbone
-from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig, mim_header
+from pretrain.model.artifacts import save_backbone
+from pretrain.model.backbone import Backbone, BackboneConfig
+from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
 from shards.dataset.dataset import open_dataset
 from shards.dataset.summary import code_statistics, count_codes
 from shards.pixels.views import ViewPolicy
@@ -65,7 +66,6 @@ def _backbone(url: Path, tokenizer: Path) -> None:
     save_backbone(
         str(url),
         model,
-        mim=mim_header(model),
         tokenizer=VisualTokenizer.load(str(tokenizer)).spec,
         run={"metrics": figures},
     )

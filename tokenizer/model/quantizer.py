@@ -7,7 +7,7 @@ restart of dead codes) are methods that the training loop calls, once per optimi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +72,7 @@ def nearest_code(features: Tensor, codebook: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodeStatistics:
+class CodeSums:
     """What one forward pass tells the codebook: per code, how many tokens chose it and their sum.
 
     Addable, so that the micro-batches of one optimizer step count as the one batch they are.
@@ -83,28 +83,16 @@ class CodeStatistics:
     sums: Tensor
     """[K, D] float32, sums of normalised tokens."""
 
-    def __add__(self, other: CodeStatistics) -> CodeStatistics:
-        return CodeStatistics(counts=self.counts + other.counts, sums=self.sums + other.sums)
+    def __add__(self, other: CodeSums) -> CodeSums:
+        return CodeSums(counts=self.counts + other.counts, sums=self.sums + other.sums)
 
 
-def sum_statistics(parts: Iterable[CodeStatistics | None]) -> CodeStatistics:
-    """The statistics of several forward passes as one; ValueError if one was in evaluation mode, or none."""
-    total: CodeStatistics | None = None
-    for part in parts:
-        if part is None:
-            raise ValueError("no statistics: the forward pass ran in evaluation mode")
-        total = part if total is None else total + part
-    if total is None:
-        raise ValueError("no statistics: there was no forward pass")
-    return total
-
-
-def code_statistics(tokens: Tensor, codes: Tensor, codebook_size: int) -> CodeStatistics:
+def code_sums(tokens: Tensor, codes: Tensor, codebook_size: int) -> CodeSums:
     """Counts and sums of normalised tokens [M, D] by their codes [M]; no M x K one-hot table is built."""
     # Not bincount, which waits for the GPU to learn how long its result is.
     counts = tokens.new_zeros(codebook_size).index_add_(0, codes, torch.ones_like(codes, dtype=tokens.dtype))
     sums = tokens.new_zeros(codebook_size, tokens.shape[1]).index_add_(0, codes, tokens)
-    return CodeStatistics(counts=counts, sums=sums)
+    return CodeSums(counts=counts, sums=sums)
 
 
 class CodeUsage:
@@ -156,7 +144,7 @@ def spherical_kmeans(tokens: Tensor, means: Tensor, iterations: int = 10) -> Ten
     A cluster that loses all its tokens keeps its mean.
     """
     for _ in range(iterations):
-        found = code_statistics(tokens, nearest_code(tokens, means), means.shape[0])
+        found = code_sums(tokens, nearest_code(tokens, means), means.shape[0])
         means = _updated(means, l2_normalize(_centroids(found)), found.counts)
     return means
 
@@ -191,7 +179,7 @@ class QuantizerOutput:
     """[...] int64."""
     loss: Tensor
     """Scalar: beta times the commitment of the features to their codes."""
-    statistics: CodeStatistics | None
+    code_sums: CodeSums | None
     """For `update_`; only in training mode."""
 
 
@@ -263,24 +251,24 @@ class NormEMAQuantizer(nn.Module):
             nearest = self.codebook[codes]
             loss = self.beta * F.mse_loss(z, nearest)
             quantized = z + (nearest - z).detach()
-            statistics = None
+            chosen = None
             if self.training:
                 tokens = z.detach().flatten(0, -2)
-                statistics = code_statistics(tokens, codes.flatten(), self.codebook_size)
-        return QuantizerOutput(quantized=quantized, codes=codes, loss=loss, statistics=statistics)
+                chosen = code_sums(tokens, codes.flatten(), self.codebook_size)
+        return QuantizerOutput(quantized=quantized, codes=codes, loss=loss, code_sums=chosen)
 
     @torch.no_grad()
-    def update_(self, statistics: CodeStatistics, worker: Worker) -> Tensor:
+    def update_(self, sums: CodeSums, worker: Worker) -> Tensor:
         """Move every code that was chosen towards its tokens: w <- norm(decay w + (1 - decay) norm(mean)).
 
-        `statistics` is the sum over this rank's micro-batches since the last call; all ranks call together
-        and hold the same codebook afterwards. Returns how many tokens of all ranks chose a code, int64 [K].
+        `sums` adds up the `code_sums` of this rank's micro-batches since the last call; all ranks call
+        together and hold the same codebook afterwards. Returns how many tokens chose each code, int64 [K].
         As in the reference this is an average of normalised batch centroids at one rate, however many tokens
         chose the code, not VQ-VAE's average of sums and counts.
         DEVIATION: one process is enough; the reference trains under torch.distributed only.
         """
-        packed = worker.sum(torch.cat([statistics.sums, statistics.counts[:, None]], dim=1))
-        total = CodeStatistics(sums=packed[:, :-1], counts=packed[:, -1])
+        packed = worker.sum(torch.cat([sums.sums, sums.counts[:, None]], dim=1))
+        total = CodeSums(sums=packed[:, :-1], counts=packed[:, -1])
         self.cluster_size.mul_(self.decay).add_(total.counts, alpha=1.0 - self.decay)
         towards = l2_normalize(_centroids(total))
         moved = l2_normalize(self.decay * self.codebook + (1.0 - self.decay) * towards)
@@ -345,7 +333,7 @@ class NormEMAQuantizer(nn.Module):
             raise RuntimeError(f"the codebooks of ranks {differing} differ from rank 0's")
 
 
-def _centroids(found: CodeStatistics) -> Tensor:
+def _centroids(found: CodeSums) -> Tensor:
     return found.sums / found.counts.clamp(min=1.0)[:, None]
 
 

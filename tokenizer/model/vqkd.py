@@ -18,7 +18,7 @@ from pipeline.errors import InputError
 from pipeline.training.worker import Worker
 from tokenizer.model.quantizer import (
     KMEANS_TOKENS_PER_CODE,
-    CodeStatistics,
+    CodeSums,
     NormEMAQuantizer,
     QuantizerOutput,
     exact_float32,
@@ -185,7 +185,7 @@ class VQKDOutput:
     """[B, N] int64."""
     features: Tensor
     """[B, N, D] float32, before normalisation, detached: what `restart_dead_` draws from."""
-    statistics: CodeStatistics | None
+    code_sums: CodeSums | None
     """For the codebook's update, after the optimizer's step; None in evaluation mode."""
 
 
@@ -253,7 +253,7 @@ class VQKD(nn.Module):
         """pixels [B, 3, S, S] float in [-1, 1], target [B, N, T] -> losses and codes. Changes no state.
 
         A training step is: forward (per micro-batch), backward, optimizer step,
-        `quantize.update_(sum of the statistics, worker)`.
+        `quantize.update_(sum of the code_sums, worker)`.
         """
         features = self.encode_features(pixels)
         quantizer: QuantizerOutput = self.quantize(features)
@@ -264,7 +264,7 @@ class VQKD(nn.Module):
             emb_loss=quantizer.loss,
             codes=quantizer.codes,
             features=features.detach(),
-            statistics=quantizer.statistics,
+            code_sums=quantizer.code_sums,
         )
 
     def encode_features(self, pixels: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pretrain.model.backbone import BackboneConfig, save_backbone
-from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig, mim_header
+from pretrain.model.artifacts import save_backbone
+from pretrain.model.backbone import BackboneConfig
+from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
 from shards.format.build import build_shard
 from shards.format.records import StoredSample
 from shards.pixels.decode import DecodeConfig, decode_image
@@ -65,5 +66,5 @@ def backbone_url(tmp_path: Path) -> str:
     config = BackboneConfig(image_size=16, patch_size=4, width=32, depth=2, heads=2)
     model = MIM(config, MIMConfig(patch_aggregation=PatchAggregationConfig(layer=1)), 16)
     url = str(tmp_path / "backbone")
-    save_backbone(url, model, mim=mim_header(model))
+    save_backbone(url, model)
     return url

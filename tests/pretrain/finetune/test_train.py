@@ -31,8 +31,8 @@ from pretrain.finetune import train as finetune
 from pretrain.finetune.augment import AugmentConfig, MixedBatch, RandAugment
 from pretrain.finetune.start import Goal, from_backbone, from_scratch, from_teacher, from_tokenizer
 from pretrain.finetune.train import FinetuneConfig, Finetuning, check_labels, finetune_classifier, sum_scores
-from pretrain.model.artifacts import load_classifier, save_classifier
-from pretrain.model.backbone import IMAGENET_MEAN, Backbone, BackboneConfig, BackboneSize, save_backbone
+from pretrain.model.artifacts import load_classifier, save_backbone, save_classifier
+from pretrain.model.backbone import IMAGENET_MEAN, Backbone, BackboneConfig, BackboneSize
 from pretrain.model.classifier import Classifier
 from shards.dataset.corpus import SubsetConfig
 from shards.dataset.dataset import open_dataset

@@ -9,16 +9,9 @@ import torch
 from torch import nn
 
 from pipeline.errors import InputError
-from pretrain.model.backbone import (
-    Backbone,
-    BackboneConfig,
-    BackboneSize,
-    load_backbone,
-    read_backbone_header,
-    relative_position_index,
-    save_backbone,
-)
-from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig, load_mim, mim_header
+from pretrain.model.artifacts import load_backbone, load_mim, read_backbone_header, save_backbone
+from pretrain.model.backbone import Backbone, BackboneConfig, BackboneSize, relative_position_index
+from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
 
 CONFIG = BackboneConfig(image_size=24, patch_size=4, width=32, depth=3, heads=4)
 
@@ -218,7 +211,7 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path, layer: int | None):
     model = build_mim(layer).eval()
     url = str(tmp_path / "out")
     said = {"tokenizer": {"fingerprint": "f00"}, "inputs": {"shards": "abc"}, "run": {"seed": 1}}
-    header = save_backbone(url, model, mim=mim_header(model), **said)
+    header = save_backbone(url, model, **said)
     assert read_backbone_header(url) == json.loads(json.dumps(header))
     assert {key: header[key] for key in said} == said
     assert list(header["config"]["std"]) == [0.229, 0.224, 0.225]
@@ -319,7 +312,7 @@ def test_a_damaged_or_inconsistent_artifact_is_refused(tmp_path: Path, damage, n
 def test_state_dict_has_the_published_keys_and_shapes(shared_dir: Path, monkeypatch, inventory, size, layer):
     # Shapes need no storage; rates are numbers, which tensors without storage cannot give.
     for module in ("backbone", "mim"):
-        monkeypatch.setattr(f"pretrain.{module}.drop_path_rates", lambda rate, depth: [rate] * depth)
+        monkeypatch.setattr(f"pretrain.model.{module}.drop_path_rates", lambda rate, depth: [rate] * depth)
     keys = json.loads((shared_dir / "reference" / f"{inventory}.json").read_text())["keys"]
     config = BackboneSize(size=size).resolve(image_size=224, patch_size=16)
     with torch.device("meta"):

@@ -21,8 +21,8 @@ from pipeline.training.checkpoints import CheckpointStore, TrainState
 from pipeline.training.interruption import InterruptedRunError, Interruption
 from pipeline.training.metrics import read_metrics
 from pipeline.training.step import NonFiniteLossError
-from pretrain.model.artifacts import save_classifier
-from pretrain.model.backbone import Backbone, BackboneConfig, BackboneSize, save_backbone
+from pretrain.model.artifacts import save_backbone, save_classifier
+from pretrain.model.backbone import Backbone, BackboneConfig, BackboneSize
 from pretrain.model.classifier import Classifier, ClassifierConfig
 from pretrain.segment import train as segmentation
 from pretrain.segment.label_maps import CropPolicy, CropReader, list_pairs

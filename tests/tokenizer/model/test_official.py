@@ -142,7 +142,7 @@ def test_three_lines_of_python_give_codes(
 ):
     """Exactly those of the README, on a tokenizer where they look for it."""
     [snippet] = re.findall(
-        r"```python\n(from tokenizer\.artifact import VisualTokenizer\n.*?)```",
+        r"```python\n(from tokenizer\.model\.artifact import VisualTokenizer\n.*?)```",
         (ROOT / "README.md").read_text(),
         re.S,
     )

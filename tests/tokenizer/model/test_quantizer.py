@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import functools
 import math
+import operator
 
 import numpy as np
 import pytest
@@ -11,16 +13,15 @@ from torch import Tensor
 from pipeline.training.worker import Worker
 from tokenizer.model import quantizer
 from tokenizer.model.quantizer import (
-    CodeStatistics,
+    CodeSums,
     CodeUsage,
     NormEMAQuantizer,
-    code_statistics,
+    code_sums,
     exact_float32,
     l2_normalize,
     nearest_code,
     sample_means,
     spherical_kmeans,
-    sum_statistics,
 )
 
 ALONE = Worker()
@@ -137,25 +138,15 @@ def test_forward_changes_no_state(training: bool):
     before = state_of(module)
     out = module(torch.randn(6, 7, 5))
     assert same_state(before, state_of(module))
-    assert (out.statistics is not None) == training
+    assert (out.code_sums is not None) == training
 
 
 def test_statistics_equal_the_one_hot_product():
     tokens, codes = unit_rows(50, 6, 4), torch.randint(9, (50,))
-    found = code_statistics(tokens, codes, 11)
+    found = code_sums(tokens, codes, 11)
     one_hot = F.one_hot(codes, 11).float()
     assert torch.equal(found.counts, one_hot.sum(0))
     torch.testing.assert_close(found.sums, one_hot.t() @ tokens)
-
-
-def test_sum_statistics_refuses_what_evaluation_gives():
-    with pytest.raises(ValueError, match="evaluation"):
-        sum_statistics([None])
-    with pytest.raises(ValueError, match="no forward"):
-        sum_statistics([])
-
-
-# ------------------------------------------------------------------------------------------------ update
 
 
 def test_update_equals_a_loop_over_codes():
@@ -163,7 +154,7 @@ def test_update_equals_a_loop_over_codes():
     features = torch.randn(25, 5)
     out = module(features)
     old, old_sizes = module.codebook.clone().double(), module.cluster_size.clone()
-    module.update_(out.statistics, ALONE)
+    module.update_(out.code_sums, ALONE)
     z = features.double() / features.double().norm(dim=1, keepdim=True)
     for code in range(30):
         mine = z[out.codes == code]
@@ -183,15 +174,16 @@ def test_every_chosen_code_moves_at_the_same_rate():
     module = ready_quantizer(codes=2, dim=2)
     module.codebook.copy_(torch.eye(2))
     tokens = l2_normalize(torch.tensor([[1.0, 0.1]] + 1000 * [[0.1, 1.0]]))
-    module.update_(module(tokens).statistics, ALONE)
+    module.update_(module(tokens).code_sums, ALONE)
     assert float(module.codebook[0, 1]) == pytest.approx(float(module.codebook[1, 0]), rel=1e-4)
 
 
 def test_micro_batches_count_as_one_batch():
     features = torch.randn(40, 5)
     whole, parts = ready_quantizer(), ready_quantizer()
-    whole.update_(whole(features).statistics, ALONE)
-    parts.update_(sum_statistics(parts(part).statistics for part in features.split(7)), ALONE)
+    whole.update_(whole(features).code_sums, ALONE)
+    sums = [parts(part).code_sums for part in features.split(7)]
+    parts.update_(functools.reduce(operator.add, sums), ALONE)
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[name], tensor, atol=1e-6, rtol=1e-6)
 
@@ -273,7 +265,7 @@ def test_restart_moves_exactly_the_codes_not_chosen_lately(steps: int, dead: lis
         counts = torch.zeros(10)
         if ago < 9:
             counts[ago] = 1.0
-        module.update_(CodeStatistics(counts=counts, sums=torch.zeros(10, 4)), ALONE)
+        module.update_(CodeSums(counts=counts, sums=torch.zeros(10, 4)), ALONE)
     old = module.codebook.clone()
     features = 5.0 * torch.randn(30, 4)
     assert module.restart_dead_(features, ALONE, steps=steps, seed=3) == len(dead)
@@ -301,7 +293,7 @@ def test_restart_rescues_codes_out_of_reach():
         module.codebook.copy_(l2_normalize(-torch.eye(8)[0] + 0.1 * unit_rows(16, 8, 12)))
         module.codebook[5] = torch.eye(8)[0]
         for step in range(1, 31):
-            module.update_(module(data).statistics, ALONE)
+            module.update_(module(data).code_sums, ALONE)
             if restart and step % 10 == 0:
                 module.restart_dead_(data, ALONE, steps=10, seed=step)
         used[restart] = len(module(data).codes.unique())

@@ -18,7 +18,6 @@ from jobs.reference.vqkd import check_vqkd
 from pipeline.errors import InputError
 from pipeline.training.optim import OptimConfig, build_optimizer
 from pipeline.training.worker import Worker
-from tokenizer.model.quantizer import sum_statistics
 from tokenizer.model.vqkd import (
     VQKD,
     CodebookStart,
@@ -105,7 +104,7 @@ def test_forward_changes_no_state(training: bool):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     out = model(torch.rand(2, 3, 16, 16), torch.rand(2, 16, 6))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert (out.statistics is not None) == training
+    assert (out.code_sums is not None) == training
     assert out.codes.shape == (2, 16) and out.features.shape == (2, 16, 8)
 
 
@@ -147,7 +146,7 @@ def test_training_lowers_the_loss():
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
-        model.quantize.update_(sum_statistics([out.statistics]), ALONE)
+        model.quantize.update_(out.code_sums, ALONE)
         losses.append(out.loss.item())
     assert losses[-1] < 0.8 * losses[0]
 
@@ -189,7 +188,7 @@ TWO_RANKS = """
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from pipeline.training.worker import Worker
-from tokenizer.model.quantizer import CodeUsage, sum_statistics
+from tokenizer.model.quantizer import CodeUsage
 from tokenizer.model.vqkd import VQKD, VQKDConfig
 
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -213,7 +212,7 @@ for pixels, target in zip(given["pixels"], given["target"]):
     optimizer.zero_grad()
     (out.loss * len(pixels[mine]) * world / 12).backward()
     optimizer.step()
-    model.quantize.update_(sum_statistics([out.statistics]), worker)
+    model.quantize.update_(out.code_sums, worker)
     usage.add(out.codes)
     codebooks.append(model.quantize.codebook.clone())
 model.quantize.check_equal_on_all_ranks(worker)
