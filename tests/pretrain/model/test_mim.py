@@ -68,7 +68,7 @@ def test_parameter_groups_are_the_references(shared_dir: Path, monkeypatch):
     from pipeline.training.optim import decays
 
     for module in ("backbone", "mim"):
-        monkeypatch.setattr(f"pretrain.{module}.drop_path_rates", lambda rate, depth: [rate] * depth)
+        monkeypatch.setattr(f"pretrain.model.{module}.drop_path_rates", lambda rate, depth: [rate] * depth)
     groups = json.loads((shared_dir / "reference" / "param_groups.json").read_text())["mim_base"]
     with torch.device("meta"):
         model = MIM(BackboneConfig(), MIMConfig(), 8192)
