@@ -35,7 +35,9 @@ from shards.writer.prepare import PrepareConfig, prepare_images
 from tokenizer.model.artifact import VisualTokenizer, save_tokenizer
 from tokenizer.model.teacher import TeacherConfig, build_teacher
 from tokenizer.model.vqkd import VQKD, VQKDConfig
-from tokenizer.precompute.run import PrecomputeConfig, ShardWriter, planned_passes
+from tokenizer.precompute.config import PrecomputeConfig
+from tokenizer.precompute.items import ItemWriter
+from tokenizer.precompute.plans import planned_passes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ def main(config: BenchmarkConfig) -> None:
             began = time.perf_counter()
             [work] = planned_passes(settings, _device())
             plan = start(work.root, work.plan)
-            writer = ShardWriter(settings, plan, work.root)
+            writer = ItemWriter(settings, plan, work.root)
             set_up_s.append(time.perf_counter() - began)
             for item in pending(work.root, plan):
                 began = time.perf_counter()

@@ -7,19 +7,22 @@ python -m jobs.precompute_shards --code_layer --tokenizer … --output …
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 from pipeline.config import run_job
 from shards.dataset.parts import views_in_words
-from tokenizer.precompute.estimate import as_text, dry_run
-from tokenizer.precompute.run import PrecomputeConfig, precompute_shards
+from tokenizer.precompute.config import PrecomputeConfig
+from tokenizer.precompute.estimate import estimate_pass, in_words
+from tokenizer.precompute.run import precompute_shards
 
 
 def main(config: PrecomputeConfig) -> None:
     """Write the shards and say what was written, or what would be."""
     if config.dry_run:
-        estimate = dry_run(config)
-        print(json.dumps(estimate.to_json(), sort_keys=True) if config.json else as_text(estimate))
+        estimate = estimate_pass(config)
+        as_json = json.dumps(dataclasses.asdict(estimate), sort_keys=True)
+        print(as_json if config.json else in_words(estimate))
         return
     manifest = precompute_shards(config)
     rejected = sum(manifest.samples_rejected.values())

@@ -111,7 +111,8 @@ def verify(config: VerifyConfig) -> Report:
     if config.tokenizer is not None and found.parts:
         from tokenizer.precompute.pairing import parts_of_tokenizer
 
-        codes_of = parts_of_tokenizer(found.parts, config.tokenizer)
+        chosen = parts_of_tokenizer([part.table for part in found.parts], config.tokenizer)
+        codes_of = [part for part in found.parts if part.table in chosen]
     if config.repair and any(problem.damaged for problem in found.problems):
         images = _images(config, found)
         repairs = repair_dataset(found, images=images, encoder=_encoder(config, codes_of))
@@ -136,12 +137,11 @@ def _retokenize(config: VerifyConfig, found: Verification) -> Retokenized | None
     share = RETOKENIZE if config.retokenize is None else config.retokenize
     if config.tokenizer is None or share == 0 or not found.parts:
         return None
-    from tokenizer.precompute.pairing import parts_of_tokenizer, retokenize
+    from tokenizer.precompute.pairing import retokenize
 
     bad = {(problem.part, problem.view, problem.number) for problem in found.problems}
     return retokenize(
-        parts_of_tokenizer(found.parts, config.tokenizer),
-        found.parts,
+        [part.table for part in found.parts],
         config.tokenizer,
         share,
         device=_device(config),

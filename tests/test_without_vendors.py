@@ -20,7 +20,8 @@ from pretrain.model.backbone import BackboneSize
 from pretrain.model.mim import MIMConfig, PatchAggregationConfig
 from pretrain.train import PretrainConfig, pretrain_mim
 from shards.writer.prepare import PrepareConfig, prepare_images
-from tokenizer.precompute.run import PrecomputeConfig, precompute_shards
+from tokenizer.precompute.config import PrecomputeConfig
+from tokenizer.precompute.run import precompute_shards
 from tokenizer.train import TokenizerTrainConfig, train_tokenizer
 from tokenizer.model.vqkd import VQKDConfig
 

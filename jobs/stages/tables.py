@@ -197,7 +197,7 @@ def config_class(job: str) -> type[Any]:
         case "train_tokenizer":
             from tokenizer.train import TokenizerTrainConfig as Config
         case "precompute_shards":
-            from tokenizer.precompute.run import PrecomputeConfig as Config
+            from tokenizer.precompute.config import PrecomputeConfig as Config
         case "pretrain_mim":
             from pretrain.train import PretrainConfig as Config
         case "probe_linear":

@@ -87,11 +87,15 @@ class Plan:
     def plan8(self) -> str:
         return self.fingerprint[:8]
 
+    @property
+    def samples_per_view(self) -> int:
+        """Samples that must come out of one view, written or rejected."""
+        return self.first_ids[-1] - self.first_ids[0] if self.samples is None else sum(self.samples)
+
     def ranges_in_words(self) -> str:
-        samples = self.first_ids[-1] - self.first_ids[0] if self.samples is None else sum(self.samples)
         largest = int(np.diff(np.array(self.first_ids, np.int64)).max())
         ids = f"{self.first_ids[0]} to {self.first_ids[-1]}"
-        return f"{samples} samples in {self.num_ranges} ranges of at most {largest} ids, {ids}"
+        return f"{self.samples_per_view} samples in {self.num_ranges} ranges of at most {largest} ids, {ids}"
 
     def to_json(self) -> dict[str, Any]:
         """Ranges are stored as runs of equal sizes: uniform ones take no room, however many they are."""

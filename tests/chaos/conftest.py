@@ -20,7 +20,8 @@ from shards.pixels.views import ViewPolicy
 from shards.writer.prepare import PrepareConfig, prepare_images
 from tests.pipeline.gloo_group import PRELOADED
 from tokenizer.model.vqkd import VQKDConfig
-from tokenizer.precompute.run import PrecomputeConfig, precompute_shards
+from tokenizer.precompute.config import PrecomputeConfig
+from tokenizer.precompute.run import precompute_shards
 from tokenizer.train import TokenizerTrainConfig, train_tokenizer
 
 Run = Callable[[Any], None]

@@ -226,7 +226,8 @@ def test_prepare_precompute_and_read_under_all_faults(
     from tokenizer.model.artifact import METRICS, save_tokenizer
     from tokenizer.model.teacher import TeacherConfig, build_teacher
     from tokenizer.model.vqkd import VQKD, VQKDConfig
-    from tokenizer.precompute.run import PrecomputeConfig, precompute_shards
+    from tokenizer.precompute.config import PrecomputeConfig
+    from tokenizer.precompute.run import precompute_shards
 
     torch.manual_seed(0)
     local = str(tmp_path_factory.mktemp("local"))

@@ -18,7 +18,7 @@ from pretrain.evals.robustness import RobustnessConfig
 from pretrain.finetune.train import FinetuneConfig
 from pretrain.segment.train import SegmentationConfig
 from pretrain.train import PretrainConfig
-from tokenizer.precompute.run import PrecomputeConfig
+from tokenizer.precompute.config import PrecomputeConfig
 from tokenizer.train import TokenizerTrainConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"

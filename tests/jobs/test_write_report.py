@@ -33,7 +33,8 @@ from shards.writer.prepare import PrepareConfig, prepare_images
 from tokenizer.model.artifact import VisualTokenizer, save_tokenizer
 from tokenizer.model.teacher import TeacherConfig, build_teacher
 from tokenizer.model.vqkd import VQKD, VQKDConfig
-from tokenizer.precompute.run import PrecomputeConfig, precompute_shards
+from tokenizer.precompute.config import PrecomputeConfig
+from tokenizer.precompute.run import precompute_shards
 
 IN_PROCESS = ClusterConfig(num_workers=0)
 SIZE, PATCH, CODES = 32, 8, 13

@@ -13,14 +13,15 @@ import torch
 from jobs.verify_shards import VerifyConfig, main
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
-from shards.dataset.dataset import open_dataset
+from shards.dataset.dataset import ShardTable, open_dataset
+from shards.dataset.parts import open_part
+from shards.dataset.parts import parts as parts_of
 from shards.pixels.views import ViewPolicy
-from shards.upkeep.recover import OpenedPart
-from shards.upkeep.verify import verify_dataset
 from tokenizer.model.artifact import VisualTokenizer, load_vqkd, read_tokenizer, save_tokenizer
 from tokenizer.precompute import pairing as module
+from tokenizer.precompute.config import PrecomputeConfig
 from tokenizer.precompute.pairing import parts_of_tokenizer, retokenize
-from tokenizer.precompute.run import PrecomputeConfig, precompute_shards
+from tokenizer.precompute.run import precompute_shards
 
 
 @pytest.fixture(scope="module")
@@ -57,33 +58,33 @@ def token_shards(
 
 
 @pytest.fixture
-def parts(token_shards: str) -> tuple[OpenedPart, ...]:
-    return verify_dataset(token_shards, sample=0).parts
+def parts(token_shards: str) -> list[ShardTable]:
+    return [open_part(part) for part in parts_of(token_shards)]
 
 
 def test_codes_of_each_tokenizer_are_proven(
-    parts: tuple[OpenedPart, ...], tokenizer_url: str, other_tokenizer: str
+    parts: list[ShardTable], tokenizer_url: str, other_tokenizer: str
 ) -> None:
-    for url, kind in ((tokenizer_url, "base"), (other_tokenizer, "codes")):
+    for url, kind in ((tokenizer_url, "tokens"), (other_tokenizer, "codes")):
         mine = parts_of_tokenizer(parts, url)
-        assert {part.kind for part in mine} == {kind}
-        found = retokenize(mine, parts, url, 1.0)
+        assert {part.manifest.kind for part in mine} == {kind}
+        found = retokenize(parts, url, 1.0)
         assert found.exact and found.sound
         assert (found.samples, found.compared, found.equal) == (39, 39 * 16, 39 * 16)
         assert "624 codes compared, 624 equal" in str(found)
 
 
-def test_a_share_takes_some_of_every_shard(parts: tuple[OpenedPart, ...], tokenizer_url: str) -> None:
+def test_a_share_takes_some_of_every_shard(parts: list[ShardTable], tokenizer_url: str) -> None:
     mine = parts_of_tokenizer(parts, tokenizer_url)
-    shards = mine[0].plan.num_items
-    assert retokenize(mine, parts, tokenizer_url, 1e-9).samples == shards > 1
-    some = retokenize(mine, parts, tokenizer_url, 0.3)
+    shards = mine[0].num_shards
+    assert retokenize(parts, tokenizer_url, 1e-9).samples == shards > 1
+    some = retokenize(parts, tokenizer_url, 0.3)
     assert shards <= some.samples < 39
-    assert retokenize(mine, parts, tokenizer_url, 1.0, skip=lambda *_: True).samples == 0
+    assert retokenize(parts, tokenizer_url, 1.0, skip=lambda *_: True).samples == 0
 
 
 def test_one_other_code_is_wrong_unless_it_is_nearly_as_good(
-    parts: tuple[OpenedPart, ...], tokenizer_url: str, monkeypatch: pytest.MonkeyPatch
+    parts: list[ShardTable], tokenizer_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes_of = module.codes_of
 
@@ -94,18 +95,18 @@ def test_one_other_code_is_wrong_unless_it_is_nearly_as_good(
 
     monkeypatch.setattr(module, "codes_of", one_changed)
     mine = parts_of_tokenizer(parts, tokenizer_url)
-    shards = mine[0].plan.num_items
-    found = retokenize(mine, parts, tokenizer_url, 1.0)
+    shards = mine[0].num_shards
+    found = retokenize(parts, tokenizer_url, 1.0)
     assert (found.wrong, found.near_ties, found.sound) == (shards, 0, False)
     assert found.equal == found.compared - shards and len(found.differing) == shards
     assert module.NEAR_TIE < found.worst_gap <= 2
     assert found.differing[0] in str(found)
 
     monkeypatch.setattr(module, "NEAR_TIE", 2.0)
-    near = retokenize(mine, parts, tokenizer_url, 1.0)
+    near = retokenize(parts, tokenizer_url, 1.0)
     assert (near.wrong, near.near_ties, near.exact, near.sound) == (0, shards, True, False)
     monkeypatch.setattr(module, "computes_alike", lambda manifest, tokenizer: False)
-    elsewhere = retokenize(mine, parts, tokenizer_url, 1.0)
+    elsewhere = retokenize(parts, tokenizer_url, 1.0)
     assert (elsewhere.wrong, elsewhere.near_ties, elsewhere.sound) == (0, shards, True)
     assert elsewhere.differing == ()
 
@@ -128,9 +129,9 @@ def test_gaps_are_the_similarity_that_is_missed(tokenizer_url: str) -> None:
 
 
 def test_another_tokenizer_is_refused_naming_both(
-    token_shards: str, tokenizer_url: str, other_tokenizer: str, parts: tuple[OpenedPart, ...]
+    token_shards: str, tokenizer_url: str, other_tokenizer: str, parts: list[ShardTable]
 ) -> None:
-    base = [part for part in parts if part.kind == "base"]
+    base = [part for part in parts if part.manifest.kind == "tokens"]
     names = [read_tokenizer(url).fingerprint for url in (tokenizer_url, other_tokenizer)]
     with pytest.raises(InputError, match=names[0]) as refused:
         parts_of_tokenizer(base, other_tokenizer)

@@ -25,8 +25,10 @@ from shards.pixels.views import ViewPolicy, decode_crop, encode_crop, render, vi
 from shards.reader.order import view_of_epoch
 from shards.reader.reader import SampleBatch, ShardReader
 from tokenizer.model.artifact import VisualTokenizer
-from tokenizer.precompute import run as precompute
-from tokenizer.precompute.run import LayerWriter, PrecomputeConfig, ShardWriter, precompute_shards
+from tokenizer.precompute import items
+from tokenizer.precompute.config import PrecomputeConfig
+from tokenizer.precompute.items import ItemWriter
+from tokenizer.precompute.run import precompute_shards
 
 if TYPE_CHECKING:
     from tests.conftest import RayHead
@@ -123,16 +125,16 @@ def test_same_bytes_whatever_was_interrupted(
     config: PrecomputeConfig, token_shards: str, tmp_path: Path
 ) -> None:
     other = dataclasses.replace(config, output=str(tmp_path / "out"), decode_threads=3)
-    run, calls = ShardWriter.__call__, []
+    run, calls = ItemWriter.__call__, []
 
-    def die_at_the_third(self: ShardWriter, item: object) -> object:
+    def die_at_the_third(self: ItemWriter, item: object) -> object:
         calls.append(item)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return run(self, item)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardWriter, "__call__", die_at_the_third)
+        patch.setattr(ItemWriter, "__call__", die_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             precompute_shards(other)
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -236,16 +238,16 @@ def test_an_extension_that_was_killed_goes_on(
     straight = dataclasses.replace(base, output=str(tmp_path / "straight"))
     shutil.copytree(base.output, straight.output)
     precompute_shards(extended(straight, 3))
-    run, calls = ShardWriter.__call__, []
+    run, calls = ItemWriter.__call__, []
 
-    def die_at_the_second(self: ShardWriter, item: object) -> object:
+    def die_at_the_second(self: ItemWriter, item: object) -> object:
         calls.append(item)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return run(self, item)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "__call__", die_at_the_second)
+        patch.setattr(ItemWriter, "__call__", die_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             precompute_shards(extended(base, 3))
     assert open_dataset(base.output).num_views == 2
@@ -305,7 +307,7 @@ def test_a_code_layer_has_the_codes_of_the_stored_pixels(
     def no_sources(*_: object) -> None:
         raise AssertionError("a code layer reads no source images")
 
-    monkeypatch.setattr(precompute, "read_images", no_sources)
+    monkeypatch.setattr(items, "read_images", no_sources)
     before = {path: path.read_bytes() for path in Path(base.output).rglob("*") if path.is_file()}
     manifest = precompute_shards(layered(base, other_tokenizer_url))
     assert all(path.read_bytes() == data for path, data in before.items())
@@ -347,16 +349,16 @@ def test_a_layer_grows_with_the_views_and_is_the_same_after_a_kill(
         precompute_shards(extended(one, 3))
     precompute_shards(layered(straight, other_tokenizer_url, decode_threads=3))
 
-    run, calls = LayerWriter.__call__, []
+    run, calls = ItemWriter.__call__, []
 
-    def die_at_the_third(self: LayerWriter, item: object) -> object:
+    def die_at_the_third(self: ItemWriter, item: object) -> object:
         calls.append(item)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return run(self, item)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(LayerWriter, "__call__", die_at_the_third)
+        patch.setattr(ItemWriter, "__call__", die_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             precompute_shards(layered(base, other_tokenizer_url))
     name = VisualTokenizer.load(other_tokenizer_url).fingerprint
@@ -397,10 +399,10 @@ def test_inputs_that_were_replaced_after_the_plan_are_refused(
     assert plan is not None
     replaced = dataclasses.replace(config, tokenizer=other_tokenizer_url)
     with pytest.raises(InputError, match=r"has fingerprint \w{64}, but the plan was made with \w{64}"):
-        ShardWriter(replaced, plan, str(tmp_path))
+        ItemWriter(replaced, plan, str(tmp_path))
     other = dataclasses.replace(plan, inputs={**plan.inputs, "images": "0" * 64})
     with pytest.raises(InputError, match=r"has fingerprint \w{64}, but the plan was made with 0{64}"):
-        ShardWriter(config, other, str(tmp_path))
+        ItemWriter(config, other, str(tmp_path))
 
 
 def test_a_damaged_tar_gives_no_codes(base: PrecomputeConfig, other_tokenizer_url: str) -> None:
