@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from jobs.stages.paper_tables import CONTROLS, METRICS, Metric, Ordering, Row, Table
-from jobs.stages.tables import HEADERS, Node
+from jobs.stages.naming import JOBS
+from jobs.stages.paper_tables import Metric, Ordering, Row, paper_tables
+from jobs.stages.stage import Stage
+from jobs.stages.tables import PlannedRow, ReproduceConfig, TablePlan
 from pipeline import artifacts
 from pipeline.errors import InputError
 from pretrain.evals.intervals import wilson_interval
@@ -19,11 +21,10 @@ from shards.dataset.dataset import open_dataset
 
 DASH: Literal["–"] = "–"
 CONTROL = "a control"
-"""Where orderings stand that the paper does not have."""
+"""Source of the orderings that the paper does not have."""
 
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Two-sided 95 % of Student's t for 1 to 9 degrees of freedom."""
-MAX_SEEDS = len(_T_95) + 1
 
 Verdict = Literal["agrees", "disagrees", "within the confidence interval", "–"]
 
@@ -49,12 +50,13 @@ class Cell:
     @property
     def mean(self) -> float | None:
         """Over the seeds; None without a reading."""
-        return statistics.fmean(one.value for one in self.readings) if self.readings else None
+        return statistics.fmean(reading.value for reading in self.readings) if self.readings else None
 
     @property
     def spread(self) -> float | None:
         """Standard deviation over the seeds, from two on."""
-        return statistics.stdev(one.value for one in self.readings) if len(self.readings) > 1 else None
+        values = [reading.value for reading in self.readings]
+        return statistics.stdev(values) if len(values) > 1 else None
 
     @property
     def half(self) -> float | None:
@@ -62,128 +64,119 @@ class Cell:
 
         Seeds share the test images, so theirs is an interval for these images, and for other seeds.
         """
-        if not self.readings:
-            return None
-        if self.spread is None:
-            return self.readings[0].half
         num = len(self.readings)
+        if num < 2:
+            return self.readings[0].half if self.readings else None
+        assert self.spread is not None
         return _T_95[num - 2] * self.spread / math.sqrt(num)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """One row with its cells, by key of METRICS."""
-
-    row: Row
-    here: Mapping[str, Any]
-    """What the row's settings are at this scale, where they differ from the paper's."""
-    cells: Mapping[str, Cell]
-    stages: tuple[str, ...] = ()
-    """Folders of the stages behind it, in order."""
-    trainings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Folder -> figures of its last epoch, for tokenizers and backbones."""
-    control: bool = False
-    """Not one of the paper's rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """What became of an ordering in one column."""
-
-    ordering: Ordering
-    metric: str
-    difference: float | None
-    """Better minus worse, in the column's units; a loss with its sign turned."""
-    half: float | None
-    verdict: Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """A table at a scale: everything that is printed of it."""
 
-    table: Table
-    scale: str
-    seeds: tuple[int, ...]
-    metrics: tuple[str, ...]
-    lines: tuple[Line, ...]
-    note: str = ""
-    """The scale's."""
-    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """What was set on top of scale and rows."""
+    plan: TablePlan
+    cells: Mapping[str, Mapping[str, Cell]]
+    """Label of a row -> key of a metric -> what was measured."""
 
-    @property
-    def marker(self) -> str:
-        """Names the table in the document it is written into."""
-        return f"table {self.table.number}, {self.scale}"
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What became of an ordering in one column."""
+
+    better: str
+    worse: str
+    metric: str
+    said: str
+    """Where the paper says so; CONTROL for an ordering that it does not have."""
+    difference: float | None = None
+    """Better minus worse, in the column's units; a loss with its sign turned."""
+    half_interval: float | None = None
+    """Half the 95 % interval of the difference."""
+    verdict: Verdict = DASH
 
 
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def read_metric(metric: str, row: Row, node: Node, output: str) -> Reading:
-    """A column of a row from its finished artifact; InputError where it does not hold it."""
-    header = artifacts.read_header(node.place(output), HEADERS[node.job])
-    if header is None:
-        raise InputError(f"{node.header(output)} is missing; run the table again")
-    value, half = _value(metric, row, header, node, output)
-    factor = 100.0 if METRICS[metric].percent else 1.0
-    return Reading(value=factor * value, half=None if half is None else factor * half)
+def collect(plan: TablePlan, lost: Mapping[str, str]) -> Result:
+    """What is finished of a table, whether it was run now or before.
+
+    lost: stages of no use, by name, each with its reason.
+    """
+    return Result(
+        plan=plan,
+        cells={
+            planned.row.label: {metric: _cell(metric, planned, lost) for metric in plan.metrics}
+            for planned in plan.rows
+        },
+    )
 
 
-def read_training(node: Node, output: str) -> dict[str, Any]:
+def _cell(metric: str, planned: PlannedRow, lost: Mapping[str, str]) -> Cell:
+    readings, reason = [], planned.reasons.get(metric)
+    for stage in planned.measured_by.get(metric, ()):
+        if stage.name in lost:
+            reason = lost[stage.name]
+        elif not stage.is_finished():
+            reason = "not run"
+        else:
+            try:
+                readings.append(_reading(metric, planned.row, stage))
+            except InputError as error:
+                reason = str(error)
+    return Cell(paper=planned.row.paper.get(metric), readings=tuple(readings), reason=reason)
+
+
+def _header(stage: Stage) -> dict[str, Any]:
+    """The header of a stage's artifact; empty where it is not finished."""
+    return artifacts.read_header(stage.output, JOBS[stage.job].header) or {}
+
+
+def _training_figures(stage: Stage) -> dict[str, Any]:
     """What a tokenizer or a backbone says of its training; empty where it does not, or is not finished."""
-    if node.job not in ("train_tokenizer", "pretrain_mim"):
+    if stage.job not in ("train_tokenizer", "pretrain_mim"):
         return {}
-    header = artifacts.read_header(node.place(output), HEADERS[node.job]) or {}
-    held = header if node.job == "train_tokenizer" else header.get("run", {})
-    return held.get("metrics") or {}
+    header = _header(stage)
+    return (header if stage.job == "train_tokenizer" else header.get("run", {})).get("metrics") or {}
 
 
-def _value(
-    metric: str, row: Row, header: Mapping[str, Any], node: Node, output: str
-) -> tuple[float, float | None]:
-    """The number as it stands in the artifact, and half its 95 % interval."""
+def _reading(metric: str, row: Row, stage: Stage) -> Reading:
+    """A column of a row from its finished artifact; InputError where it does not hold it."""
+    header = _header(stage)
+    low = high = None
     match metric:
         case "rec_loss" | "usage":
             name = {"rec_loss": "reconstruction_loss", "usage": "codebook_usage"}[metric]
-            value = header["metrics"][name]
-            if value is None:
-                raise InputError(f"{node.name} did not measure its {name}")
-            return value, None
+            value, lack = header["metrics"][name], f"did not measure its {name}"
         case "finetune":
-            top1 = header["metrics"]["val_top1"]
-            return top1, _half_of_share(top1, node.reads["val"], output)
-        case "probe":
-            result = header["result"]
-            if result["skipped"] is not None:
-                raise InputError(f"{node.name} was skipped: {result['skipped']}")
-            # The first one of a model is the one its pretraining suggests ([CLS] or mean patch).
-            score = next((one for one in result["scores"] if one["model"] == row.probed), None)
-            if score is None:
-                raise InputError(f"{node.name} has no score of {row.probed} features")
-            return score["top1"], (score["high"] - score["low"]) / 2
+            value, lack = header["metrics"]["val_top1"], "did not measure its top-1"
+            images = stage.needs["val"]
+            if images.is_finished():
+                num = open_dataset(images.output, "images").num_samples()
+                low, high = wilson_interval(round(value * num), num)
         case "miou":
-            return Score.from_json(header["result"]).miou, None
+            value, lack = Score.from_json(header["result"]).miou, "has no mIoU"
         case "corruptions":
-            value = header["result"]["mean_corrupted"]
-            if value is None:
-                raise InputError(f"{node.name} corrupted nothing")
-            return value, None
+            value, lack = header["result"]["mean_corrupted"], "corrupted nothing"
         case _:
-            found = next((one for one in header["result"]["rows"] if one["name"] == metric), None)
-            if found is None:
-                raise InputError(f"{node.name} has no images of {metric}")
-            return found["top1"], (found["high"] - found["low"]) / 2
-
-
-def _half_of_share(share: float, images: Node, output: str) -> float | None:
-    """Half the Wilson interval of an accuracy on prepared images; None where these are not at hand."""
-    if not images.finished(output):
-        return None
-    num = open_dataset(images.place(output), "images").num_samples()
-    low, high = wilson_interval(round(share * num), num)
-    return (high - low) / 2
+            result = header["result"]
+            if metric == "probe":
+                # The first one of a model is the one its pretraining suggests ([CLS] or mean patch).
+                scores = [score for score in result["scores"] if score["model"] == row.probed]
+                lack = f"has no score of {row.probed} features"
+                lack = lack if result["skipped"] is None else f"was skipped: {result['skipped']}"
+            else:
+                scores = [score for score in result["rows"] if score["name"] == metric]
+                lack = f"has no images of {metric}"
+            value = None
+            if scores:
+                value, low, high = scores[0]["top1"], scores[0]["low"], scores[0]["high"]
+    if value is None:
+        raise InputError(f"{stage.name} {lack}")
+    factor = 100.0 if paper_tables().metrics[metric].percent else 1.0
+    half = None if low is None or high is None else factor * ((high - low) / 2)
+    return Reading(value=factor * value, half=half)
 
 
 # ------------------------------------------------------------------------------------------------ orderings
@@ -191,50 +184,41 @@ def _half_of_share(share: float, images: Node, output: str) -> float | None:
 
 def judge(result: Result) -> list[Judgement]:
     """The paper's orderings, column by column, and the default row over every control."""
-    lines = {line.row.label: line for line in result.lines}
+    plan = result.plan
     # Where a scale has no run of the paper's default, its own is among the controls.
-    ours = CONTROLS["beit_v2"].label
-    default = ours if ours in lines else result.table.default
+    own = paper_tables().controls["beit_v2"].label
+    default = own if own in result.cells else plan.table.default
+    controls = [row.row.label for row in plan.rows if row.control and row.row.label != own]
     expected = [
-        Ordering(better=default, worse=line.row.label, metrics=result.metrics, said=CONTROL)
-        for line in result.lines
-        if line.control and line.row.label != ours
+        Ordering(better=default, worse=label, metrics=plan.metrics, said=CONTROL) for label in controls
     ]
     return [
-        _judgement(ordering, metric, lines[ordering.better].cells, lines[ordering.worse].cells)
-        for ordering in (*result.table.orderings, *expected)
+        judge_column(
+            ordering, metric, result.cells[ordering.better][metric], result.cells[ordering.worse][metric]
+        )
+        for ordering in (*plan.table.orderings, *expected)
         for metric in ordering.metrics
-        if metric in result.metrics
+        if metric in plan.metrics
     ]
 
 
-def _judgement(
-    ordering: Ordering, metric: str, better: Mapping[str, Cell], worse: Mapping[str, Cell]
-) -> Judgement:
-    ours, theirs = better[metric], worse[metric]
-    if ours.mean is None or theirs.mean is None:
-        return Judgement(ordering=ordering, metric=metric, difference=None, half=None, verdict=DASH)
-    difference = (ours.mean - theirs.mean) * (-1 if METRICS[metric].lower_is_better else 1)
-    half = None
-    if ours.half is not None and theirs.half is not None:
-        half = math.hypot(ours.half, theirs.half)
-    return Judgement(
-        ordering=ordering,
-        metric=metric,
-        difference=difference,
-        half=half,
-        verdict=verdict_of(difference, half),
-    )
+def judge_column(ordering: Ordering, metric: str, better: Cell, worse: Cell) -> Judgement:
+    """Whether the difference has the ordering's sign, and is more than half its 95 % interval.
 
-
-def verdict_of(difference: float, half: float | None) -> Verdict:
-    """Whether a difference, positive where the order is the paper's, is more than its interval's half width.
-
-    Without an interval the sign alone decides; the lines say that there is none.
+    Without an interval the sign alone decides; the printed line says that there is none.
     """
+    judgement = Judgement(better=ordering.better, worse=ordering.worse, metric=metric, said=ordering.said)
+    if better.mean is None or worse.mean is None:
+        return judgement
+    difference, half = better.mean - worse.mean, None
+    if paper_tables().metrics[metric].lower_is_better:
+        difference = -difference
+    if better.half is not None and worse.half is not None:
+        half = math.hypot(better.half, worse.half)
+    verdict: Verdict = "agrees" if difference > 0 else "disagrees"
     if half is not None and abs(difference) <= half:
-        return "within the confidence interval"
-    return "agrees" if difference > 0 else "disagrees"
+        verdict = "within the confidence interval"
+    return replace(judgement, difference=difference, half_interval=half, verdict=verdict)
 
 
 # ------------------------------------------------------------------------------------------------ printing
@@ -242,129 +226,113 @@ def verdict_of(difference: float, half: float | None) -> Verdict:
 
 def markdown(result: Result) -> str:
     """The table, its reasons for dashes and its orderings, for people and for docs/reproduce.md."""
-    titles = [METRICS[key].title for key in result.metrics]
-    seeds = f"seed {result.seeds[0]}" if len(result.seeds) == 1 else f"{len(result.seeds)} seeds"
-    head = ["row", *(f"{title}: {whose}" for title in titles for whose in ("paper", "ours"))]
-    lines = [
-        f"Table {result.table.number}, {result.table.title}; scale {result.scale}, {seeds}:",
-        "",
-        _row(head),
-        _row(["---"] * len(head)),
-    ]
+    plan, config = result.plan, result.plan.config
+    metrics = {key: paper_tables().metrics[key] for key in plan.metrics}
+    first, *more = config.seed_numbers
+    seeds = f"{len(more) + 1} seeds" if more else f"seed {first}"
+    titles = [f"{metric.title}: {whose}" for metric in metrics.values() for whose in ("paper", "ours")]
+    lines = [f"Table {config.table}, {plan.table.title}; scale {config.scale_name}, {seeds}:", ""]
+    lines += _head("row", *titles)
     reasons: dict[str, int] = {}
-    number = 0
-    for line in result.lines:
-        cells = []
-        for key in result.metrics:
-            cell = line.cells[key]
-            mark = ""
-            if cell.reason is not None:
-                mark = f" [{reasons.setdefault(cell.reason, len(reasons) + 1)}]"
-            cells += [_paper(METRICS[key], cell), f"{_ours(METRICS[key], cell)}{mark}"]
-        number += not line.control
-        here = ", ".join(f"{key.split('.', 1)[-1]} {value}" for key, value in line.here.items())
-        label = line.row.label if line.control else f"{number}. {line.row.label}"
-        lines.append(_row([f"{label} (here: {here})" if here else label, *cells]))
+    for number, planned in enumerate(plan.rows, start=1):
+        cells = result.cells[planned.row.label]
+        label = planned.row.label if planned.control else f"{number}. {planned.row.label}"
+        here = ", ".join(f"{key.split('.', 1)[-1]} {value}" for key, value in planned.here.items())
+        texts = [f"{label} (here: {here})" if here else label]
+        for key, metric in metrics.items():
+            ours, reason = _ours(metric, cells[key]), cells[key].reason
+            if reason is not None:
+                ours += f" [{reasons.setdefault(reason, len(reasons) + 1)}]"
+            texts += [_figure(metric, cells[key].paper), ours]
+        lines.append(_row(*texts))
     if reasons:
         lines += ["", *(f"[{mark}] {reason}" + "  " for reason, mark in reasons.items())]
     # Controls that were not measured are no news; the paper's orderings are.
-    judged = [one for one in judge(result) if one.ordering.said != CONTROL or one.verdict != DASH]
+    judged = [each for each in judge(result) if each.said != CONTROL or each.verdict != DASH]
     if judged:
-        lines += ["", _row(["order", "column", "said in", "ours", ""]), _row(["---"] * 5)]
-        lines += [_judged(one) for one in judged]
-    lines += ["", " ".join(note for note in (result.table.note, result.note, _about(result)) if note)]
+        lines += ["", *_head("order", "column", "said in", "ours", "")]
+        lines += [_judged(metrics[each.metric], each) for each in judged]
+    lines += ["", " ".join(note for note in (plan.table.note, plan.note, _about(config)) if note)]
     return "\n".join(lines).replace("  \n\n", "\n\n").rstrip() + "\n"
 
 
-def _about(result: Result) -> str:
+def _about(config: ReproduceConfig) -> str:
     """What the intervals are of, and what makes these runs others than the table's."""
-    if len(result.seeds) == 1:
+    if len(config.seed_numbers) == 1:
         about = "Intervals (95 %) are those of the test images; one seed leaves out the chance of training."
     else:
         about = "± in a cell is the standard deviation over seeds; in an order, half the 95 % interval."
-    if result.overrides:
-        about += f" Run with other settings than the table's: {json.dumps(result.overrides)}."
+    if config.overrides:
+        about += f" Run with other settings than the table's: {json.dumps(config.overrides)}."
     return about
 
 
-def _row(cells: Sequence[str]) -> str:
+def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _paper(metric: Metric, cell: Cell) -> str:
-    return DASH if cell.paper is None else _figure(metric, cell.paper)
+def _head(*cells: str) -> list[str]:
+    return [_row(*cells), _row(*["---"] * len(cells))]
 
 
 def _ours(metric: Metric, cell: Cell) -> str:
     """The mean over seeds ± their standard deviation, or the number with its interval."""
-    if cell.mean is None:
-        return DASH
-    shown = _figure(metric, cell.mean)
+    mean = _figure(metric, cell.mean)
     if cell.spread is not None:
-        return f"{shown} ± {_figure(metric, cell.spread)}"
-    if cell.half is not None:
-        return f"{shown} [± {_figure(metric, cell.half)}]"
-    return shown
+        return f"{mean} ± {_figure(metric, cell.spread)}"
+    return mean if cell.half is None else f"{mean} [± {_figure(metric, cell.half)}]"
 
 
-def _figure(metric: Metric, value: float) -> str:
+def _figure(metric: Metric, value: float | None) -> str:
+    if value is None:
+        return DASH
     return f"{value:.1f}" if metric.percent else f"{value:.4g}"
 
 
-def _judged(one: Judgement) -> str:
-    metric = METRICS[one.metric]
-    ours = DASH
-    if one.difference is not None:
-        ours = f"{one.difference:+.1f}" if metric.percent else f"{one.difference:+.4f}"
-        ours += "" if one.half is None else f" ± {_figure(metric, one.half)}"
-    verdict = one.verdict
-    if one.difference is not None and one.half is None:
-        verdict = f"{verdict}, no interval"
-    order = f"{one.ordering.better} > {one.ordering.worse}"
-    return _row([order, metric.title, one.ordering.said, ours, verdict])
+def _judged(metric: Metric, judged: Judgement) -> str:
+    ours, verdict = DASH, str(judged.verdict)
+    if judged.difference is not None:
+        ours = f"{judged.difference:+.1f}" if metric.percent else f"{judged.difference:+.4f}"
+        if judged.half_interval is None:
+            verdict = f"{verdict}, no interval"
+        else:
+            ours = f"{ours} ± {_figure(metric, judged.half_interval)}"
+    return _row(f"{judged.better} > {judged.worse}", metric.title, judged.said, ours, verdict)
 
 
 def to_json(result: Result) -> dict[str, Any]:
     """Everything that is known of a table at a scale."""
+
+    def row(planned: PlannedRow) -> dict[str, Any]:
+        figures = {stage.name: _training_figures(stage) for stage in planned.stages}
+        return {
+            "label": planned.row.label,
+            "control": planned.control,
+            "here": planned.here,
+            "stages": list(figures),
+            "trainings": {name: values for name, values in figures.items() if values},
+            "metrics": {
+                key: {
+                    "paper": cell.paper,
+                    "values": [reading.value for reading in cell.readings],
+                    "mean": cell.mean,
+                    "std": cell.spread,
+                    "half_interval": cell.half,
+                    "reason": cell.reason,
+                }
+                for key, cell in result.cells[planned.row.label].items()
+            },
+        }
+
+    config = result.plan.config
     return {
-        "table": result.table.number,
-        "title": result.table.title,
-        "scale": result.scale,
-        "seeds": list(result.seeds),
-        "overrides": {job: dict(keys) for job, keys in result.overrides.items()},
-        "rows": [
-            {
-                "label": line.row.label,
-                "control": line.control,
-                "here": dict(line.here),
-                "stages": list(line.stages),
-                "trainings": {name: dict(figures) for name, figures in line.trainings.items()},
-                "metrics": {
-                    key: {
-                        "paper": cell.paper,
-                        "values": [one.value for one in cell.readings],
-                        "mean": cell.mean,
-                        "std": cell.spread,
-                        "half_interval": cell.half,
-                        "reason": cell.reason,
-                    }
-                    for key, cell in line.cells.items()
-                },
-            }
-            for line in result.lines
-        ],
-        "orderings": [
-            {
-                "better": one.ordering.better,
-                "worse": one.ordering.worse,
-                "metric": one.metric,
-                "said": one.ordering.said,
-                "difference": one.difference,
-                "half_interval": one.half,
-                "verdict": one.verdict,
-            }
-            for one in judge(result)
-        ],
+        "table": config.table,
+        "title": result.plan.table.title,
+        "scale": config.scale_name,
+        "seeds": list(config.seed_numbers),
+        "overrides": config.overrides,
+        "rows": [row(planned) for planned in result.plan.rows],
+        "orderings": [asdict(judgement) for judgement in judge(result)],
     }
 
 
@@ -373,7 +341,8 @@ def written_into(document: str, result: Result, url: str) -> str:
 
     InputError where only one of the markers is there, or one twice.
     """
-    begin, end = (f"<!-- {result.marker}: {what} -->" for what in ("begin", "end"))
+    marker = f"table {result.plan.config.table}, {result.plan.config.scale_name}"
+    begin, end = (f"<!-- {marker}: {what} -->" for what in ("begin", "end"))
     block = f"{begin}\n\n{markdown(result)}\n{end}"
     counts = (document.count(begin), document.count(end))
     if counts == (0, 0):

@@ -10,6 +10,7 @@ import shlex
 import tempfile
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from jobs.stages.stage import Stage
 from pipeline import artifacts, storage
 from pipeline.errors import InputError
 
@@ -29,12 +31,10 @@ POLL_S = 1.0
 class JobServer:
     """A cluster's job server, and the working directory that travels with every job submitted through it."""
 
-    def __init__(self, address: str, client: JobSubmissionClient, package: Path) -> None:
-        self._address = address
+    def __init__(self, client: JobSubmissionClient, package: Path) -> None:
         self._client = client
         self._package = package
-        with zipfile.ZipFile(package) as archive:
-            self._files = set(archive.namelist())
+        self._files = set(_file_sizes(package))
 
     @classmethod
     @contextlib.contextmanager
@@ -60,24 +60,24 @@ class JobServer:
             raise InputError(
                 f"no job server answers at {address}; check --address (http://host:8265)"
             ) from None
+        logger = logging.getLogger(__name__)
+        logger.setLevel(logging.WARNING)  # Ray's warnings, without a line for every ignore file
         with tempfile.TemporaryDirectory(prefix="working-dir-") as folder:
             package = Path(folder, "working_dir.zip")
-            # Private, but the public interface packs and sends in one step; the size is wanted in between.
+            # Private, but the public interface packs and sends in one step, and the size is checked between.
             excludes = get_runtime_env_default_excludes()
-            create_package(
-                working_dir, package, include_gitignore=True, excludes=excludes, logger=_packing_logger()
-            )
+            create_package(working_dir, package, include_gitignore=True, excludes=excludes, logger=logger)
             _check_size(working_dir, package)
-            yield cls(address, client, package)
+            yield cls(client, package)
 
-    def run(self, name: str, argv: Sequence[str], on_line: Callable[[str], None]) -> int:
-        """Run `python -m jobs.<name> argv` on the cluster and return its exit status.
+    def run(self, stage: Stage, argv: Sequence[str], on_line: Callable[[str], None]) -> int:
+        """Run a stage's job on the cluster and return its exit status.
 
         A job of the same command line that still runs there, because its submitter went away, is followed
         instead of being started twice.
         """
-        entrypoint = shlex.join(["python", "-m", f"jobs.{name}", *argv])
-        identity = f"{name}-{artifacts.fingerprint(entrypoint)[:8]}"
+        entrypoint = shlex.join(["python", "-m", f"jobs.{stage.job}", *argv])
+        identity = f"{stage.job}-{artifacts.fingerprint(entrypoint)[:8]}"
         known = {job.submission_id: job.status for job in self._client.list_jobs()}
         attempt = 0
         while (status := known.get(job_id := f"{identity}-{attempt}")) is not None and status.is_terminal():
@@ -88,7 +88,7 @@ class JobServer:
                 submission_id=job_id,
                 # No env_vars, and above all no credentials: dashboards show a job's runtime environment.
                 runtime_env={"working_dir": str(self._package)},
-                metadata={"stage": name},
+                metadata={"stage": stage.job},
             )
             print(f"{job_id}: submitted", flush=True)
         else:
@@ -132,9 +132,7 @@ class JobServer:
             time.sleep(POLL_S)
         # The message goes on with the end of the log, which was handed over already.
         print(f"{job_id}: {info.status.value}: {(info.message or 'no message').splitlines()[0]}", flush=True)
-        if info.status == JobStatus.SUCCEEDED:
-            return 0
-        return info.driver_exit_code or 1
+        return 0 if info.status == JobStatus.SUCCEEDED else info.driver_exit_code or 1
 
     def check_travels(self, config: str) -> None:
         """InputError for a configuration file that the jobs would not find."""
@@ -160,31 +158,22 @@ def _without_preamble(job_id: str, on_line: Callable[[str], None]) -> Callable[[
     return line
 
 
-def _packing_logger() -> logging.Logger:
-    """Takes Ray's warnings, but not its line for every ignore file of every folder."""
-    logger = logging.getLogger(__name__)
-    logger.setLevel(logging.WARNING)
-    return logger
-
-
 def _check_size(working_dir: str, package: Path) -> None:
-    """Print how large the package is; InputError when it is over Ray's limit."""
+    """Print how large the package is; InputError, with its largest entries, when it is over Ray's limit."""
     size, limit = package.stat().st_size, f"{UPLOAD_LIMIT_BYTES >> 20} MiB"
     what = f"the working directory, {os.path.abspath(working_dir)}, is {size / 2**20:.1f} MiB to upload"
-    if size > UPLOAD_LIMIT_BYTES:
-        raise InputError(
-            f"{what}, and Ray takes {limit}; name in .rayignore what the jobs do not need, first of all "
-            f"{_largest_entries(package)}"
-        )
-    print(f"{what} (Ray takes {limit})", flush=True)
+    if size <= UPLOAD_LIMIT_BYTES:
+        print(f"{what} (Ray takes {limit})", flush=True)
+        return
+    sizes = Counter[str]()
+    for name, num_bytes in _file_sizes(package).items():
+        sizes[name.split("/", 1)[0]] += num_bytes
+    largest = ", ".join(f"{top} ({num / 2**20:.1f} MiB)" for top, num in sizes.most_common(3))
+    raise InputError(
+        f"{what}, and Ray takes {limit}; name in .rayignore what the jobs do not need, first of all {largest}"
+    )
 
 
-def _largest_entries(package: Path) -> str:
-    """The three largest things at the top of a package, with their sizes."""
-    sizes: dict[str, int] = {}
+def _file_sizes(package: Path) -> dict[str, int]:
     with zipfile.ZipFile(package) as archive:
-        for entry in archive.infolist():
-            top = entry.filename.split("/", 1)[0]
-            sizes[top] = sizes.get(top, 0) + entry.file_size
-    largest = sorted(sizes, key=lambda top: -sizes[top])[:3]
-    return ", ".join(f"{top} ({sizes[top] / 2**20:.1f} MiB)" for top in largest)
+        return {entry.filename: entry.file_size for entry in archive.infolist()}

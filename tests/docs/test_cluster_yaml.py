@@ -133,7 +133,7 @@ def test_the_job_runs_a_job_of_the_project() -> None:
     words = shlex.split(load("rayjob.yaml")["spec"]["entrypoint"])
     assert words[:2] == ["python", "-m"]
     assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file()
-    from jobs.run_pipeline import PipelineConfig
+    from jobs.stages.pipeline import PipelineConfig
 
     flags = [word.removeprefix("--") for word in words if word.startswith("--")]
     assert set(flags) <= {"config", *PipelineConfig.__dataclass_fields__}
@@ -173,7 +173,7 @@ ALL_JOBS = documented_jobs("docs/cluster.md", "README.md")
 
 
 def test_the_page_has_a_line_for_every_stage() -> None:
-    from jobs.run_pipeline import PipelineConfig, stages
+    from jobs.stages.pipeline import PipelineConfig, stages
 
     told = {
         name: {word for word in argv if word.startswith("--")}

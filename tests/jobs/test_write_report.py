@@ -17,7 +17,7 @@ from PIL import Image
 
 from jobs.report import drawing
 from jobs.report.findings import ReportConfig, find, summary_rows
-from jobs.run_pipeline import StageRecord, write_record
+from jobs.stages.pipeline import StageRecord, write_record
 from jobs.write_report import summary_table, write_report
 from pipeline import artifacts
 from pipeline.cluster.config import ClusterConfig

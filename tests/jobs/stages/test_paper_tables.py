@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from jobs.reproduce_table import read_scale
-from jobs.stages.paper_tables import CONTROLS, METRICS, TABLES, Ordering, Row, Table
-from jobs.stages.tables import BENCHMARKS, LeftOut, Planner, Sources, in_order, resolved
+from jobs.stages.paper_tables import Ordering, Table, paper_tables
+from jobs.stages.rows import ADE20K, LeftOut, RowPlanner, Scale, read_scale
+from jobs.stages.tables import GIVEN, topological
 
 ROOT = Path(__file__).resolve().parents[3]
-TABLE_LIST = [TABLES[number] for number in sorted(TABLES)]
-ROWS = [(table, row) for table in TABLE_LIST for row in table.rows]
+PAPER_TABLES = paper_tables()
+TABLES = {table.number: table for table in PAPER_TABLES.tables}
+EACH_TABLE = pytest.mark.parametrize("table", PAPER_TABLES.tables, ids=lambda table: f"table {table.number}")
 
 PAPER = {
     (1, "finetune"): [85.0, 85.5, 86.5, 86.6, 87.3, 88.4],
@@ -30,24 +31,6 @@ PAPER = {
     (6, "miou"): [None, None, 49.2, None, None, 52.7],
     (7, "finetune"): [86.5, None, 88.4, 89.0],
 }
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
-    """Everything a table may ask for, with one file each."""
-    tmp_path = tmp_path_factory.mktemp("sources")
-    places = {}
-    for name in ("train", "val", "imagenet21k", *BENCHMARKS):
-        (tmp_path / name / "class").mkdir(parents=True)
-        (tmp_path / name / "class" / "image.jpg").write_bytes(name.encode())
-        places[name] = str(tmp_path / name)
-    for folder in ("images/training", "images/validation", "annotations/training", "annotations/validation"):
-        (tmp_path / "ade" / folder).mkdir(parents=True)
-        (tmp_path / "ade" / folder / "one.png").write_bytes(folder.encode())
-    (tmp_path / "teacher.safetensors").write_bytes(b"weights")
-    benchmarks = {name: places.pop(name) for name in BENCHMARKS}
-    teacher = str(tmp_path / "teacher.safetensors")
-    return Sources(**places, ade20k=str(tmp_path / "ade"), benchmarks=benchmarks, teacher=teacher)
 
 
 # ------------------------------------------------------------------------------------------------ numbers
@@ -73,16 +56,15 @@ def test_no_number_stands_twice_with_two_values() -> None:
 
 
 def test_there_are_seven_tables() -> None:
-    assert sorted(TABLES) == list(range(1, 8))
-    assert all(number == table.number for number, table in TABLES.items())
+    assert [table.number for table in PAPER_TABLES.tables] == list(range(1, 8))
 
 
-@pytest.mark.parametrize("table", TABLE_LIST, ids=lambda table: f"table {table.number}")
+@EACH_TABLE
 def test_rows_and_orderings_name_what_is_there(table: Table) -> None:
     labels = [row.label for row in table.rows]
     assert len(set(labels)) == len(labels)
     assert table.default in labels
-    assert set(table.metrics) <= set(METRICS)
+    assert set(table.metrics) <= set(PAPER_TABLES.metrics)
     for row in table.rows:
         assert set(row.paper) <= set(table.metrics), row.label
     for ordering in table.orderings:
@@ -92,7 +74,10 @@ def test_rows_and_orderings_name_what_is_there(table: Table) -> None:
 
 
 ORDERINGS = [
-    (table, one, metric) for table in TABLE_LIST for one in table.orderings for metric in one.metrics
+    (table, ordering, metric)
+    for table in PAPER_TABLES.tables
+    for ordering in table.orderings
+    for metric in ordering.metrics
 ]
 
 
@@ -106,7 +91,7 @@ def test_an_ordering_is_that_of_the_cells_where_they_are_known(
         assert better is not None
         assert worse is not None
     if better is not None and worse is not None:
-        assert better < worse if METRICS[metric].lower_is_better else better > worse
+        assert better < worse if PAPER_TABLES.metrics[metric].lower_is_better else better > worse
 
 
 def test_table_4_is_without_patch_aggregation() -> None:
@@ -128,30 +113,52 @@ def test_rows_of_an_ablation_differ_from_the_default_in_one_setting() -> None:
 # ------------------------------------------------------------------------------------------------ runs
 
 
-@pytest.mark.parametrize("scale", ["imagenet1k", "cifar10"])
-@pytest.mark.parametrize("table", TABLE_LIST, ids=lambda table: f"table {table.number}")
-def test_every_stage_of_every_row_parses_with_its_jobs_configuration(
-    scale: str, table: Table, sources: Sources, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Everything a table may ask for, with one file each."""
+    folder = tmp_path_factory.mktemp("given")
+    for name in (*GIVEN, *(f"ade20k/{place}" for place in ADE20K.values())):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "image.jpg").write_bytes(name.encode())
+    return {name: str(folder / name) for name in GIVEN if name != "finetune_ids"} | {
+        "teacher": str(folder / "teacher" / "image.jpg")
+    }
+
+
+def planner_at(name: str, given: dict[str, str]) -> tuple[Scale, RowPlanner]:
+    scale = read_scale(name)
+    return scale, RowPlanner(name=name, scale=scale, given=given, root="runs")
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales and the files that they name are given relative to it."""
     monkeypatch.chdir(ROOT)
-    known = read_scale(scale)
-    planner = Planner(scale, known, sources)
-    controls = [CONTROLS[name] for name in known.controls.get(str(table.number), ())]
-    left_out = {}
-    nodes = []
-    for row in (*table.rows, *controls):
-        for metric in known.metrics.get(str(table.number), table.metrics):
+
+
+@pytest.mark.parametrize("name", ["imagenet1k", "cifar10"])
+@EACH_TABLE
+def test_every_stage_of_every_row_parses_with_its_jobs_configuration(
+    name: str, table: Table, given: dict[str, str]
+) -> None:
+    scale, planner = planner_at(name, given)
+    controls = [PAPER_TABLES.controls[control] for control in scale.controls.get(str(table.number), ())]
+    rows = (*table.rows, *controls)
+    assert len({row.label for row in rows}) == len(rows)
+    left_out, stages = {}, []
+    for row in rows:
+        for metric in scale.metrics.get(str(table.number), table.metrics):
             try:
-                nodes.append(planner.measure(row, metric))
+                stages.append(planner.measure(row, metric))
             except LeftOut as reason:
                 left_out[row.label, metric] = str(reason)
-    for node in in_order(nodes):
+    for stage in topological(stages):
         # Parsing is what refuses an unknown key; equal settings are parsed once.
-        assert resolved(node)["output"] == "somewhere"
-        for key, value in node.settings.overrides.items():
+        assert stage.resolved["output"] == "somewhere"
+        for key, value in stage.settings.overrides.items():
             if not isinstance(value, dict):
-                assert resolved(node)[key] == value, (node.name, key)
-    if scale == "imagenet1k":
+                assert stage.resolved[key] == value, (stage.name, key)
+    if name == "imagenet1k":
         # All that the paper measured is run, but for the teachers' and tokenizers' own segmentation.
         assert set(left_out.values()) <= {"finetune_segmentation starts from a backbone or from chance"}
         assert {label for label, _ in left_out} <= {row.label for row in TABLES[6].rows}
@@ -163,40 +170,32 @@ def test_every_stage_of_every_row_parses_with_its_jobs_configuration(
         )
 
 
-def test_the_scales_values_replace_the_papers(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    planner = Planner("cifar10", read_scale("cifar10"), sources)
+def test_the_scales_values_replace_the_papers(given: dict[str, str]) -> None:
+    _, planner = planner_at("cifar10", given)
     table = TABLES[5]
-    assert planner.here(table.row(table.default)) == {
+    assert planner.changed_settings(table.row(table.default)) == {
         "mim.patch_aggregation.layer": 4,
         "mim.patch_aggregation.head_depth": 1,
     }
-    assert planner.here(table.rows[0]) == {}
-    [one_block] = [row for row in table.rows if "head of 1 block," in row.label]
+    assert planner.changed_settings(table.rows[0]) == {}
     with pytest.raises(LeftOut, match="head_depth 1 has no counterpart"):
-        planner.here(one_block)
-    layers = [
-        planner.here(row)["mim.patch_aggregation.layer"]
-        for row in sorted(
-            (row for row in table.rows if "head of 2 blocks, shared" in row.label),
-            key=lambda row: row.overrides["pretrain_mim"]["mim.patch_aggregation.layer"],
-        )
-    ]
-    assert all(earlier < later for earlier, later in pairwise(layers))
+        planner.changed_settings(table.row("l = 9, head of 1 block, shared MIM head"))
+    for earlier, later in pairwise((6, 9, 11)):
+        rows = (table.row(f"l = {layer}, head of 2 blocks, shared MIM head") for layer in (earlier, later))
+        ours = [planner.changed_settings(row)["mim.patch_aggregation.layer"] for row in rows]
+        assert ours[0] < ours[1]
+
+
+def test_what_is_not_given_is_named(given: dict[str, str]) -> None:
+    for number, option in ((1, "ade20k"), (3, "imagenet_r"), (7, "imagenet21k")):
+        less = {name: url for name, url in given.items() if name != option}
+        _, planner = planner_at("imagenet1k", less)
+        metric = {1: "miou", 3: "imagenet_r", 7: "finetune"}[number]
+        with pytest.raises(LeftOut, match=f"needs .*: give --{option}"):
+            planner.measure(TABLES[number].rows[0], metric)
 
 
 def test_controls_are_no_rows_of_the_paper() -> None:
-    assert all(not row.paper for row in CONTROLS.values())
-    assert len({row.label for row in CONTROLS.values()}) == len(CONTROLS)
-
-
-@pytest.mark.parametrize("scale", ["imagenet1k", "cifar10"])
-def test_labels_of_a_table_with_its_controls_are_told_apart(
-    scale: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
-    known = read_scale(scale)
-    for number, names in known.controls.items():
-        rows: list[Row] = [*TABLES[int(number)].rows, *(CONTROLS[name] for name in names)]
-        assert len({row.label for row in rows}) == len(rows)
-    assert set(known.metrics) <= {str(number) for number in TABLES}
+    controls = PAPER_TABLES.controls.values()
+    assert not any(row.paper for row in controls)
+    assert len({row.label for row in controls}) == len(controls)

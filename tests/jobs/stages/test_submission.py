@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 
-from jobs import run_pipeline
-from jobs.run_pipeline import ClusterOverride, PipelineConfig, StageConfig
+from jobs.run_pipeline import run_pipeline
+from jobs.stages.pipeline import PipelineConfig, stages
+from jobs.stages.runner import log_url
+from jobs.stages.stage import ClusterOverride, Stage, StageConfig
 from pipeline import storage
 from pipeline.errors import InputError
 
 pytestmark = pytest.mark.ray
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = "jobs/configs/quickstart"
 
 TINY_TOKENIZER = {
@@ -131,10 +133,10 @@ def test_every_stage_runs_as_a_submitted_job(
     absent = tmp_path / "absent"
     bad_job = client.submit(f"python -m jobs.prepare_images --source {absent} --output {absent}/out")
 
-    run_pipeline.main(config)
+    run_pipeline(config)
     printed = capsys.readouterr().out
     assert "MiB to upload (Ray takes 100 MiB)" in printed
-    names = [stage.name for stage in run_pipeline.stages(config)]
+    names = [stage.name for stage in stages(config)]
 
     jobs = {
         job.entrypoint.split()[2].removeprefix("jobs."): job
@@ -143,15 +145,15 @@ def test_every_stage_runs_as_a_submitted_job(
     }
     assert list(SAYS) == names
     assert jobs.keys() == set(names)
-    for stage in run_pipeline.stages(config):
+    for stage in stages(config):
         job = jobs[stage.name]
         assert (job.status, job.exit_code) == ("SUCCEEDED", 0), job.log
         assert SAYS[stage.name] in job.log, job.log
         # The stage's log has the job's own lines, without those that Ray adds before its entrypoint starts.
-        kept = storage.read(run_pipeline.log_url(output, stage.name)).decode()
+        kept = storage.read(log_url(output, stage.name)).decode()
         assert SAYS[stage.name] in kept
         assert "Running entrypoint" not in kept
-        assert all(storage.exists(url) for url in stage.writes)
+        assert all(storage.exists(url) for url in stage.outputs)
 
     bad = client.wait(bad_job)
     assert (bad.status, bad.exit_code) == ("FAILED", 2), bad.log
@@ -167,7 +169,7 @@ def test_every_stage_runs_as_a_submitted_job(
     assert '"perplexity"' in inspected.log
 
     # Nothing is submitted a second time.
-    run_pipeline.main(config)
+    run_pipeline(config)
     assert capsys.readouterr().out.count("; skipped") == len(names)
     assert sum(output in job.entrypoint for job in client.finished()) == len(names) + 1
 
@@ -182,7 +184,7 @@ def test_a_failing_stage_hands_on_its_exit_status(
         draw_images=StageConfig(overrides={"num_images": -1}),
     )
     with pytest.raises(SystemExit) as ended:
-        run_pipeline.main(config)
+        run_pipeline(config)
     assert ended.value.code == 2
     captured = capsys.readouterr()
     assert "FAILED: Job entrypoint command failed with exit code 2" in captured.out
@@ -198,16 +200,24 @@ def test_a_job_that_still_runs_is_followed_not_repeated(
 
     monkeypatch.chdir(ROOT)
     argv = ["--output", str(tmp_path / "drawn"), "--num_images", "90000"]
+    stage = Stage(
+        job="draw_images",
+        name="draw",
+        settings=StageConfig(),
+        flags={"output": argv[1]},
+        inputs=(),
+        outputs=(),
+    )
 
     def leave(line: str) -> None:
         raise KeyboardInterrupt
 
     with JobServer.connect(ray_head.job_server) as server:
-        for said in ("submitted", "still running, started by an earlier submission"):
+        for text in ("submitted", "still running, started by an earlier submission"):
             with pytest.raises(KeyboardInterrupt):
-                server.run("draw_images", argv, leave)
+                server.run(stage, argv, leave)
             printed = capsys.readouterr().out
-            assert said in printed
+            assert text in printed
             assert "goes on; the same command follows it again" in printed
     (job,) = Jobs(ray_head.job_server).stop(str(tmp_path))
     assert job.status == "STOPPED"
@@ -242,7 +252,7 @@ def test_the_upload_is_measured_and_refused_when_too_large(
 def test_nobody_at_the_address_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = PipelineConfig(output=str(tmp_path / "run"), address="http://127.0.0.1:9")
     with pytest.raises(InputError, match=r"no job server answers at http://127\.0\.0\.1:9"):
-        run_pipeline.main(config)
+        run_pipeline(config)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     with pytest.raises(InputError, match="RAY_ADDRESS is set"):
-        run_pipeline.main(config)
+        run_pipeline(config)
