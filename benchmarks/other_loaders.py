@@ -55,8 +55,9 @@ from benchmarks import reader as ours
 from pipeline.config import run_job
 from pipeline.errors import InputError
 from shards.dataset.dataset import Dataset, open_dataset
+from shards.pixels.crops import StoredCrops
 from shards.pixels.views import decode_crop
-from shards.reader.reader import ShardReader
+from shards.reader.reader import Batches, ShardReader
 
 PACKAGES = {"litdata": ("litdata", "litdata"), "mosaic": ("streaming", "mosaicml-streaming")}
 """Module and distribution of each of the others."""
@@ -190,7 +191,7 @@ class _ReaderEpochs:
         batches = self.reader.batches(self.epoch)
         self.epoch += 1
         for batch in batches:
-            yield batch.pixels if self.reader.decoded else batch.encoded, batch.codes
+            yield batch.encoded if self.reader.crops is None else batch.pixels, batch.codes
 
 
 def _loader(
@@ -201,10 +202,9 @@ def _loader(
     own, size, stay = os.path.join(data.folder, name), config.batch_size, workers > 0
     match name:
         case "reader":
-            reader = ShardReader(
-                data.dataset, batch_size=size, num_threads=workers, drop_last=False, decoded=decoded
-            )
-            return _ReaderEpochs(reader)
+            crops = StoredCrops() if decoded else None
+            batches = Batches(size, num_threads=workers, drop_last=False)
+            return _ReaderEpochs(ShardReader(data.dataset, crops, batches))
         case "litdata":
             import litdata  # pyright: ignore[reportMissingImports]
 
@@ -344,9 +344,8 @@ def _rewrite(name: str, config: OtherLoadersConfig, root: str, output: str, num_
 
 def _samples(root: str) -> Iterator[dict[str, Any]]:
     """Every sample of a token dataset as the others store it: `jpg`, bytes, and `codes`, uint16 [N]."""
-    with ShardReader(
-        open_dataset(root), batch_size=256, num_threads=0, shuffle=False, drop_last=False, decoded=False
-    ) as reader:
+    batches = Batches(256, num_threads=0, shuffle=False, drop_last=False)
+    with ShardReader(open_dataset(root), None, batches) as reader:
         for batch in reader.batches(0):
             assert batch.codes is not None
             for crop, codes in zip(batch.encoded, batch.codes, strict=True):

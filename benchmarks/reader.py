@@ -58,11 +58,12 @@ from shards.dataset.dataset import Dataset, open_dataset
 from shards.format.build import build_shard
 from shards.format.plan import Plan
 from shards.format.records import StoredSample
+from shards.pixels.crops import StoredCrops
 from shards.pixels.views import CropBox, decode_crop, encode_crop
 from shards.reader.disk_cache import CacheConfig
 from shards.reader.figures import ReaderFigures
 from shards.reader.order import Order
-from shards.reader.reader import ShardReader
+from shards.reader.reader import Batches, ShardReader
 from shards.writer.commit import commit, finish, pending, start
 
 DELAY_S = 0.03
@@ -190,12 +191,15 @@ def _paced(config: BenchmarkConfig, root: str, folder: str, part: float, lanes: 
     bound = int(part * total)
     reader = ShardReader(
         dataset,
-        batch_size=config.batch_size,
-        num_threads=workers,
-        lanes=lanes,
-        window=None if lanes is None else 1,
-        epochs=2,
-        cache=CacheConfig(folder=cache, bytes=bound),
+        StoredCrops(),
+        Batches(
+            config.batch_size,
+            num_threads=workers,
+            lanes=lanes,
+            window=None if lanes is None else 1,
+            epochs=2,
+        ),
+        CacheConfig(folder=cache, bytes=bound),
     )
     first_batches, epochs, most = list[float](), list[ReaderFigures](), 0
     with reader:
@@ -239,10 +243,9 @@ def _bytes_in(folder: str) -> int:
 def _reader(config: BenchmarkConfig, dataset: Dataset, workers: int, cache: str) -> ShardReader:
     return ShardReader(
         dataset,
-        batch_size=config.batch_size,
-        num_threads=workers,
-        drop_last=False,
-        cache=CacheConfig(folder=cache),
+        StoredCrops(),
+        Batches(config.batch_size, num_threads=workers, drop_last=False),
+        CacheConfig(folder=cache),
     )
 
 
@@ -269,9 +272,7 @@ def _read_remote(reader: ShardReader) -> tuple[float, float]:
 
 def _crops(dataset: Dataset) -> list[bytes]:
     """The encoded crops of a dataset, in memory."""
-    with ShardReader(
-        dataset, batch_size=dataset.num_samples(), num_threads=0, shuffle=False, decoded=False
-    ) as reader:
+    with ShardReader(dataset, None, Batches(dataset.num_samples(), num_threads=0, shuffle=False)) as reader:
         [batch] = reader.batches(0)
         return [bytes(data) for data in batch.encoded]
 
@@ -347,9 +348,7 @@ def _urls(tars: list[str]) -> list[str]:
 def _without_decode(config: BenchmarkConfig, root: str) -> dict[str, Any]:
     """Microseconds per sample of everything but decoding: order, look-up, codes, labels, bytes."""
     dataset, found = open_dataset(root), []
-    with ShardReader(
-        dataset, batch_size=config.batch_size, num_threads=0, drop_last=False, decoded=False
-    ) as reader:
+    with ShardReader(dataset, None, Batches(config.batch_size, num_threads=0, drop_last=False)) as reader:
         list(reader.batches(0))  # opens and hashes
         for _ in range(config.rounds):
             began = time.perf_counter()
@@ -366,7 +365,7 @@ def _resume(config: BenchmarkConfig, root: str) -> dict[str, Any]:
     for _ in range(config.rounds):
         for name, position in (("start", 0), ("end", last * config.batch_size)):
             began = time.perf_counter()
-            with ShardReader(open_dataset(root), batch_size=config.batch_size) as reader:
+            with ShardReader(open_dataset(root), StoredCrops(), Batches(config.batch_size)) as reader:
                 next(reader.batches(0, position))
                 found.setdefault(name, []).append(time.perf_counter() - began)
     return {

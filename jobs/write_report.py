@@ -30,8 +30,9 @@ from pretrain.evals.codebook import MIN_PATCHES
 from pretrain.model.artifacts import load_mim
 from shards.dataset.dataset import Dataset
 from shards.dataset.summary import code_statistics, count_codes
-from shards.pixels.views import ViewPolicy
-from shards.reader.reader import ShardReader
+from shards.pixels.crops import FreshCrops, StoredCrops
+from shards.pixels.views import CENTER_FRACTION, ViewPolicy
+from shards.reader.reader import Batches, ShardReader
 from tokenizer.model.artifact import VisualTokenizer, load_vqkd, read_tokenizer
 
 RIGHT, WRONG = (31, 157, 85), (211, 63, 63)
@@ -238,7 +239,7 @@ def _boxed(tile: np.ndarray) -> np.ndarray:
 
 def _stored_crops(tokens: Dataset, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The first crops uint8 [count, S, S, 3] and codes [count, N] by sample id, which is a random order."""
-    with ShardReader(tokens, batch_size=count, shuffle=False) as reader:
+    with ShardReader(tokens, StoredCrops(), Batches(count, shuffle=False)) as reader:
         batch = next(iter(reader.batches(0)))
     assert batch.codes is not None
     return batch.pixels, batch.codes.astype(np.int64)
@@ -323,9 +324,8 @@ def _examples(config: ReportConfig, found: Findings) -> _Examples | None:
         dataset = found.images[splits[0]]
         count = min(config.predictions, dataset.num_samples(0))
         policy = ViewPolicy(image_size=tokenizer.image_size)
-        with ShardReader(
-            dataset, batch_size=count, views=policy, center_crop=True, stored_pixels=True, shuffle=False
-        ) as reader:
+        crops = FreshCrops(policy, center_fraction=CENTER_FRACTION, stored_pixels=True)
+        with ShardReader(dataset, crops, Batches(count, shuffle=False)) as reader:
             images = next(iter(reader.batches(0))).pixels
         codes = tokenizer.encode(torch.from_numpy(images)).numpy()
         return _Examples(

@@ -39,10 +39,11 @@ from pretrain.model.backbone import BackboneSize
 from pretrain.model.mim import MIM, MIMConfig, masked_patches, mim_figures, mim_loss
 from shards.dataset.corpus import SubsetConfig, open_corpus
 from shards.dataset.dataset import Dataset
+from shards.pixels.crops import FreshCrops, StoredCrops
 from shards.pixels.views import ViewPolicy
 from shards.reader.disk_cache import CacheConfig
 from shards.reader.figures import ReaderReports
-from shards.reader.reader import SampleBatch, ShardReader
+from shards.reader.reader import Batches, SampleBatch, ShardReader
 from tokenizer.model.artifact import VisualTokenizer
 
 
@@ -355,18 +356,18 @@ def _model(config: PretrainConfig, source: Source) -> MIM:
 
 
 def _reader(config: PretrainConfig, source: Source, worker: Worker) -> ShardReader:
-    return ShardReader(
-        source.dataset,
-        batch_size=config.batch_size,
+    crops = StoredCrops()
+    if source.online is not None:
+        # Online crops pass through JPEG as stored ones do: both modes see the same pixels, bit for bit.
+        crops = FreshCrops(config.views.resolve(source.tokenizer["image_size"]), stored_pixels=True)
+    batches = Batches(
+        config.batch_size,
         seed=config.seed,
         rank=worker.rank,
         world_size=worker.world_size,
-        views=config.views.resolve(source.tokenizer["image_size"]) if source.online is not None else None,
-        # Online crops pass through JPEG as stored ones do: both modes see the same pixels, bit for bit.
-        stored_pixels=True,
-        num_threads=config.decode_threads,
         lanes=config.lanes,
         window=config.window,
         epochs=config.epochs,
-        cache=config.cache,
+        num_threads=config.decode_threads,
     )
+    return ShardReader(source.dataset, crops, batches, config.cache)

@@ -36,10 +36,11 @@ from pipeline.training.step import RunningMeans, require_finite, synchronized, t
 from pipeline.training.worker import Worker
 from shards.dataset.corpus import SubsetConfig, open_corpus
 from shards.dataset.dataset import Dataset, open_dataset
-from shards.pixels.views import ViewPolicy
+from shards.pixels.crops import FreshCrops
+from shards.pixels.views import CENTER_FRACTION, ViewPolicy
 from shards.reader.disk_cache import CacheConfig
 from shards.reader.figures import ReaderReports
-from shards.reader.reader import ShardReader
+from shards.reader.reader import Batches, ShardReader
 from tokenizer.model.artifact import save_tokenizer
 from tokenizer.model.quantizer import CodeSums, CodeUsage
 from tokenizer.model.teacher import Teacher, TeacherConfig, build_teacher, with_absolute_weights
@@ -350,19 +351,23 @@ def _reader(
 ) -> ShardReader:
     return ShardReader(
         images,
-        batch_size=batch_size or config.batch_size,
-        seed=config.seed,
-        rank=worker.rank,
-        world_size=worker.world_size,
-        views=config.views.resolve(config.model.image_size),
-        center_crop=validation,
-        shuffle=not validation,
-        drop_last=not validation,
-        num_threads=config.decode_threads,
-        lanes=None if validation else config.lanes,
-        window=None if validation else config.window,
-        epochs=0 if validation else config.epochs,
-        cache=config.cache,
+        FreshCrops(
+            config.views.resolve(config.model.image_size),
+            center_fraction=CENTER_FRACTION if validation else None,
+        ),
+        Batches(
+            batch_size or config.batch_size,
+            seed=config.seed,
+            rank=worker.rank,
+            world_size=worker.world_size,
+            shuffle=not validation,
+            drop_last=not validation,
+            lanes=None if validation else config.lanes,
+            window=None if validation else config.window,
+            epochs=0 if validation else config.epochs,
+            num_threads=config.decode_threads,
+        ),
+        config.cache,
     )
 
 

@@ -55,7 +55,7 @@ def default_table(image_size: int) -> StrengthTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Corruption:
-    """One corruption at one severity, as a `shards.reader.reader.Augment`.
+    """One corruption at one severity, as a `shards.pixels.crops.Augment`.
 
     The copy of an image is a function of (seed, sample id, corruption, severity).
     """

@@ -15,8 +15,9 @@ from pipeline.training.metrics import Progress
 from pipeline.training.step import to_device
 from pretrain.model.backbone import Backbone
 from shards.dataset.dataset import Dataset
-from shards.pixels.views import ViewPolicy
-from shards.reader.reader import SampleBatch, ShardReader
+from shards.pixels.crops import FreshCrops
+from shards.pixels.views import CENTER_FRACTION, ViewPolicy
+from shards.reader.reader import Batches, SampleBatch, ShardReader
 
 Extractor = Callable[[Tensor], Mapping[str, Tensor]]
 """uint8 images [B, 3, S, S] -> inputs of a classifier by name, each [B, D]."""
@@ -139,10 +140,8 @@ def center_crops(
         raise InputError(f"{dataset.url} holds no images; prepare it from a folder that has some")
     return ShardReader(
         dataset,
-        batch_size=batch_size,
-        views=ViewPolicy(image_size=image_size, interpolation=interpolation),
-        center_crop=True,
-        shuffle=False,
-        drop_last=False,
-        num_threads=num_threads,
+        FreshCrops(
+            ViewPolicy(image_size=image_size, interpolation=interpolation), center_fraction=CENTER_FRACTION
+        ),
+        Batches(batch_size, shuffle=False, drop_last=False, num_threads=num_threads),
     )

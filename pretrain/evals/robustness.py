@@ -43,8 +43,9 @@ from pretrain.evals.robustness_result import (
 from pretrain.finetune.train import TOP_K, default_center_fraction
 from pretrain.model.artifacts import classifier_config, load_classifier, read_classifier_header
 from shards.dataset.dataset import open_dataset
+from shards.pixels.crops import FreshCrops
 from shards.pixels.views import ViewPolicy
-from shards.reader.reader import ShardReader
+from shards.reader.reader import Batches, ShardReader
 
 ARTIFACT = "robustness"
 PLOT_FILE = "robustness.png"
@@ -361,17 +362,16 @@ class _Evaluator:
         dataset = open_dataset(item.shards, "images")
         truths: list[Tensor] = []
         found: list[list[Tensor]] = [[] for _ in item.answers]  # bool [b, 2] each
-        with ShardReader(
-            dataset,
-            batch_size=self._config.images_per_batch,
-            views=self._crops.policy,
-            center_crop=True,
-            center_fraction=self._crops.center_fraction,
-            augment=item.corruption,
+        crops = FreshCrops(
+            self._crops.policy, center_fraction=self._crops.center_fraction, augment=item.corruption
+        )
+        batches = Batches(
+            self._config.images_per_batch,
             shuffle=False,
             drop_last=False,
             num_threads=self._config.decode_threads,
-        ) as reader:
+        )
+        with ShardReader(dataset, crops, batches) as reader:
             progress = Progress(item.name, reader.num_samples, "images")
             for batch in reader.batches(0):
                 truth = translate_labels(

@@ -52,8 +52,9 @@ from pretrain.model.backbone import BackboneSize
 from pretrain.model.classifier import Pooling
 from shards.dataset.corpus import SubsetConfig, open_corpus
 from shards.dataset.dataset import Dataset, open_dataset
+from shards.pixels.crops import FreshCrops
 from shards.pixels.views import CENTER_FRACTION, ViewPolicy
-from shards.reader.reader import SampleBatch, ShardReader
+from shards.reader.reader import Batches, SampleBatch, ShardReader
 from tokenizer.model.teacher import TeacherConfig, with_absolute_weights
 
 TOP_K = 5
@@ -461,13 +462,14 @@ def _train_reader(config: FinetuneConfig, train: Dataset, start: Start, worker: 
         augment = RandAugment(config.augment.rand_augment, mean=(red, green, blue), seed=config.seed)
     return ShardReader(
         train,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        rank=worker.rank,
-        world_size=worker.world_size,
-        views=config.views.resolve(start.image_size),
-        augment=augment,
-        num_threads=config.decode_threads,
+        FreshCrops(config.views.resolve(start.image_size), augment=augment),
+        Batches(
+            config.batch_size,
+            seed=config.seed,
+            rank=worker.rank,
+            world_size=worker.world_size,
+            num_threads=config.decode_threads,
+        ),
     )
 
 
@@ -480,15 +482,18 @@ def _val_reader(config: FinetuneConfig, val: Dataset, start: Start, worker: Work
     image_size = start.image_size
     return ShardReader(
         val,
-        batch_size=max(worker.world_size, min(config.batch_size, val.num_samples())),
-        rank=worker.rank,
-        world_size=worker.world_size,
-        views=ViewPolicy(image_size=image_size, interpolation=config.views.interpolation),
-        center_crop=True,
-        center_fraction=config.center_fraction or default_center_fraction(image_size),
-        shuffle=False,
-        drop_last=False,
-        num_threads=config.decode_threads,
+        FreshCrops(
+            ViewPolicy(image_size=image_size, interpolation=config.views.interpolation),
+            center_fraction=config.center_fraction or default_center_fraction(image_size),
+        ),
+        Batches(
+            max(worker.world_size, min(config.batch_size, val.num_samples())),
+            rank=worker.rank,
+            world_size=worker.world_size,
+            shuffle=False,
+            drop_last=False,
+            num_threads=config.decode_threads,
+        ),
     )
 
 

@@ -1,6 +1,6 @@
 """Batches of decoded samples in the order of `order`: the same for any number of threads and ranks.
 
-    reader = ShardReader(open_dataset("runs/tokens"), batch_size=256)
+    reader = ShardReader(open_dataset("runs/tokens"), StoredCrops(), Batches(256))
     for batch in reader.batches(epoch=0):
         train(batch.pixels, batch.codes)
     reader.close()
@@ -11,6 +11,8 @@ the samples consumed are all that resuming needs to count.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import os
 import sys
@@ -18,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -28,16 +30,9 @@ from shards.dataset.corpus import Corpus, namespaced_key
 from shards.dataset.dataset import Dataset
 from shards.dataset.rows import probe_shard
 from shards.format.records import MAX_SAMPLE_ID
+from shards.pixels.crops import Crops, FreshCrops, Showing, StoredCrops
 from shards.pixels.decode import DecodeConfig, Rejected, decode_config_of, decode_image
-from shards.pixels.views import (
-    CENTER_FRACTION,
-    ViewPolicy,
-    center_view,
-    decode_crop,
-    encode_crop,
-    render,
-    view_at,
-)
+from shards.pixels.views import decode_crop
 from shards.reader.disk_cache import CacheConfig, NodeCache
 from shards.reader.figures import Telemetry
 from shards.reader.lookahead import Lookahead, PlannedBatch
@@ -52,13 +47,57 @@ from shards.reader.order import (
     view_of_epoch,
 )
 
-Augment = Callable[[np.ndarray, int, int], np.ndarray]
-"""(crop uint8 [S, S, 3], sample id, epoch) -> uint8 [S, S, 3]; called by several threads at once."""
-
 FETCH_THREADS = 4
 """Shards in flight; each holds a whole tar in memory while it is fetched."""
 CHUNK_SAMPLES = 32
 """Samples that a thread decodes at a time: 10 ms of crops, so that threads end a batch together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """Which batches of which order a rank reads, and how far ahead it prepares them."""
+
+    size: int
+    """Samples of a batch, over all ranks."""
+    _: KW_ONLY
+    seed: int = 0
+    """Seed of the order, and of which view an epoch reads."""
+    rank: int = 0
+    world_size: int = 1
+    shuffle: bool = True
+    """False: positions are in the order of sample ids."""
+    drop_last: bool = True
+    """An epoch ends before the last N mod B samples; False: its last batch is short."""
+    lanes: int | None = None
+    """Lanes of the order; None takes the default, or fewer where the cache has no room for it. A run that may
+    resume keeps the lanes and the window that it began with."""
+    window: int | None = None
+    """Shards per window of the order; None as for the lanes."""
+    epochs: int = 0
+    """Epochs that will be read: near the end of each but the last, shards of the next are fetched."""
+    num_threads: int = 2
+    """Threads that decode; 0 decodes in the calling thread."""
+    prefetch: int = 2
+    """Batches that are prepared ahead; their shards are fetched before."""
+
+    @property
+    def num_ahead(self) -> int:
+        """Batches being filled while the consumer is busy with one."""
+        return self.prefetch if self.num_threads > 0 else 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not 0 <= self.rank < self.world_size:
+            raise InputError(
+                f"batch size {self.size}, rank {self.rank} of {self.world_size} workers make no sense; "
+                "give at least one sample and ranks from 0"
+            )
+        if not 0 <= self.seed < 1 << 64:
+            raise InputError(f"seed {self.seed} does not fit 64 bits; give a number from 0 to 2^64 - 1")
+        if self.world_size > self.size:
+            raise InputError(
+                f"{self.world_size} workers share a global batch of {self.size}, so some would get nothing; "
+                "raise the batch size or lower the number of workers"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -97,75 +136,33 @@ class SampleBatch:
 class ShardReader:
     """Reads a finished dataset in batches, over any number of epochs.
 
-    A token dataset gives its stored crops and codes; epoch e reads one view of the K stored ones. An image
-    dataset needs `views` and gives crops drawn from it: a new one in every epoch where
-    `views.views_per_image` is 0, else the one of the epoch's view, as a token dataset of that policy would;
-    with `stored_pixels` they pass through the stored JPEG and are equal to that dataset's bit for bit.
-    `center_crop` gives the evaluation crop instead, `center_fraction` of the shorter side. `augment` changes
-    the crops of an image dataset after all else. Images are decoded as they were prepared, unless `decode`
-    says otherwise.
-
-    `batch_size` counts over all ranks. With `drop_last` an epoch ends before the last N mod B samples
-    (`num_dropped`), without it the last batch is short. With `shuffle` off, positions are in sample order.
-    `num_threads` decode, 0 in the calling thread; `prefetch` batches are prepared ahead, shards are fetched
-    before these. With `decoded` off, batches hold the images as stored. Threads and clients start with the
-    first batch, so a reader may be pickled or forked before it.
-
-    `lanes` and `window` are those of the order; None takes the default, or fewer lanes where `cache` has no
-    room for it. A run that may resume keeps the ones it began with. `epochs` says how many will be read: near
-    the end of each but the last, shards of the next are fetched. What reading costs is in `telemetry`.
+    `crops` decides what pixels it gives: a token dataset needs `StoredCrops`, of which epoch e reads one view
+    of the K stored ones; an image dataset needs `FreshCrops`. None leaves the images encoded. Threads and
+    clients start with the first batch, so a reader may be pickled or forked before it. What reading costs is
+    in `telemetry`.
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        views: ViewPolicy | None = None,
-        decode: DecodeConfig | None = None,
-        center_crop: bool = False,
-        center_fraction: float = CENTER_FRACTION,
-        augment: Augment | None = None,
-        stored_pixels: bool = False,
-        num_threads: int = 2,
-        prefetch: int = 2,
-        shuffle: bool = True,
-        drop_last: bool = True,
-        decoded: bool = True,
-        lanes: int | None = None,
-        window: int | None = None,
-        epochs: int = 0,
-        cache: CacheConfig | None = None,
+        self, dataset: Dataset, crops: Crops | None, batches: Batches, cache: CacheConfig | None = None
     ) -> None:
+        if isinstance(crops, FreshCrops) and crops.decode is None:
+            crops = dataclasses.replace(crops, decode=_prepared_decode(dataset))
         self.dataset = dataset
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.views = views
-        self.decode = decode if decode is not None else _prepared_decode(dataset)
-        self.center_crop = center_crop
-        self.center_fraction = center_fraction
-        self.augment = augment
-        self.stored_pixels = stored_pixels
-        self.num_threads = num_threads
-        self.prefetch = prefetch if num_threads > 0 else 0
-        self.shuffle = shuffle
-        self.drop_last = drop_last
-        self.decoded = decoded
-        self.epochs = epochs
+        self.crops = crops
+        self.settings = batches
         self.cache = CacheConfig() if cache is None else cache
         self.telemetry = Telemetry()
         self.num_samples = min(dataset.num_samples(view) for view in range(dataset.num_views))
         self._workers: _Workers | None = None
         self._check()
-        self.image_size = views.side if views is not None else _stored_size(dataset)
-        fitting = order_shape(dataset, self.cache) if lanes is None or window is None else (lanes, window)
-        self.lanes = fitting[0] if lanes is None else lanes
-        self.window = fitting[1] if window is None else window
+        self.image_size = _crop_size(dataset, crops)
+        lanes, window = batches.lanes, batches.window
+        if lanes is None or window is None:
+            fitting = order_shape(dataset, self.cache)
+            lanes = fitting[0] if lanes is None else lanes
+            window = fitting[1] if window is None else window
+        self.lanes = lanes
+        self.window = window
 
     @property
     def steps_per_epoch(self) -> int:
@@ -175,7 +172,7 @@ class ShardReader:
     @property
     def num_dropped(self) -> int:
         """Samples at the end of each epoch's order that no batch of it contains."""
-        return self.num_samples % self.batch_size if self.drop_last else 0
+        return self.num_samples % self.settings.size if self.settings.drop_last else 0
 
     def batches(self, epoch: int, position: int = 0) -> Iterator[SampleBatch]:
         """The batches of an epoch from a position on: 0, or the `next_position` of the last one consumed.
@@ -185,7 +182,7 @@ class ShardReader:
         """
         if epoch < 0 or position < 0:
             raise ValueError(f"epoch {epoch} and position {position} must not be negative")
-        view = view_of_epoch(self.dataset.num_views, self.seed, epoch)
+        view = view_of_epoch(self.dataset.num_views, self.settings.seed, epoch)
         order = self._order(view, epoch)
         if position > order.num_samples:
             raise InputError(
@@ -202,7 +199,7 @@ class ShardReader:
         """
         datasets = self.dataset.datasets if isinstance(self.dataset, Corpus) else (self.dataset,)
         probed = sum(self._probe(dataset) for dataset in datasets)
-        view = view_of_epoch(self.dataset.num_views, self.seed, epoch)
+        view = view_of_epoch(self.dataset.num_views, self.settings.seed, epoch)
         plan = next(self._plans(self._order(view, epoch), position), None)
         numbers = [] if plan is None else np.unique(plan.shards).tolist()
         total = int(shard_bytes(self.dataset, view)[numbers].sum())
@@ -241,58 +238,46 @@ class ShardReader:
     # -------------------------------------------------------------------------------------------- inside
 
     def _check(self) -> None:
-        batch_size, url = self.batch_size, self.dataset.url
-        if batch_size < 1 or not 0 <= self.rank < self.world_size:
-            raise InputError(
-                f"batch size {batch_size}, rank {self.rank} of {self.world_size} workers make no sense; "
-                "give at least one sample and ranks from 0"
-            )
-        if not 0 <= self.seed < 1 << 64:
-            raise InputError(f"seed {self.seed} does not fit 64 bits; give a number from 0 to 2^64 - 1")
-        if self.world_size > batch_size:
-            raise InputError(
-                f"{self.world_size} workers share a global batch of {batch_size}, so some would get nothing; "
-                "raise the batch size or lower the number of workers"
-            )
+        size, url, kind = self.settings.size, self.dataset.url, self.dataset.kind
         # Evaluation may ask for more: its only batch is then the short one.
-        if self.num_samples == 0 or (self.drop_last and batch_size > self.num_samples):
+        if self.num_samples == 0 or (self.settings.drop_last and size > self.num_samples):
             raise InputError(
-                f"a batch of {batch_size} is more than the {self.num_samples} samples of {url}; "
+                f"a batch of {size} is more than the {self.num_samples} samples of {url}; "
                 "lower the batch size or prepare more images"
             )
-        if self.dataset.kind == "images" and self.views is None:
+        if kind == "images" and isinstance(self.crops, StoredCrops):
             raise InputError(f"{url} holds whole images, and no view policy says how to crop them; give one")
-        if self.dataset.kind == "tokens" and (self.views or self.center_crop or self.augment):
+        if kind == "tokens" and isinstance(self.crops, FreshCrops):
             raise InputError(
                 f"{url} holds stored crops, which belong to their codes and cannot be cropped anew; "
                 "read the image dataset for other views"
             )
 
     def _num_steps(self, num_samples: int) -> int:
-        whole, rest = divmod(num_samples, self.batch_size)
-        return whole + (1 if rest and not self.drop_last else 0)
+        whole, rest = divmod(num_samples, self.settings.size)
+        return whole + (1 if rest and not self.settings.drop_last else 0)
 
     def _plans(self, order: Order | SampleOrder, position: int) -> Iterator[BatchPlan]:
         return batch_plans(
             order,
             position,
-            self.batch_size,
-            rank=self.rank,
-            world_size=self.world_size,
-            drop_last=self.drop_last,
+            self.settings.size,
+            rank=self.settings.rank,
+            world_size=self.settings.world_size,
+            drop_last=self.settings.drop_last,
         )
 
     def _order(self, view: int, epoch: int) -> Order | SampleOrder:
         sizes = self.dataset.shard_sizes(view)
-        if not self.shuffle:
+        if not self.settings.shuffle:
             return SampleOrder(sizes)
-        return Order(sizes, self.seed, epoch, self.lanes, self.window)
+        return Order(sizes, self.settings.seed, epoch, self.lanes, self.window)
 
     def _following(self, epoch: int) -> Iterator[tuple[int, int]]:
         """(view, number) of the shards with which the next epoch begins, in the order of need."""
-        if not self.shuffle or epoch + 1 >= self.epochs:
+        if not self.settings.shuffle or epoch + 1 >= self.settings.epochs:
             return
-        view = view_of_epoch(self.dataset.num_views, self.seed, epoch + 1)
+        view = view_of_epoch(self.dataset.num_views, self.settings.seed, epoch + 1)
         seen: set[int] = set()
         for plan in self._plans(self._order(view, epoch + 1), 0):
             for number in np.unique(plan.shards).tolist():
@@ -302,10 +287,12 @@ class ShardReader:
 
     def _probe(self, dataset: Dataset) -> int:
         """How many images of the decode probe this rank decoded as the writer did."""
-        tokens = dataset.kind == "tokens"
-        decode = decode_crop if tokens else lambda data: decode_image(data, self.decode)
+        decode: Callable[[bytes], np.ndarray] = decode_crop
+        if dataset.kind == "images":
+            settings = self.crops.decode if isinstance(self.crops, FreshCrops) else None
+            decode = functools.partial(decode_image, config=settings or _prepared_decode(self.dataset))
         probe = dataset.manifest.probe
-        mine = probe[self.rank :: self.world_size] or probe[:1]
+        mine = probe[self.settings.rank :: self.settings.world_size] or probe[:1]
         for entry in mine:
             shard = dataset.shard(entry.view - dataset.manifest.first_view, entry.number)
             with named_failures(shard):
@@ -329,7 +316,7 @@ class ShardReader:
             num_shards=self.dataset.num_shards,
             max_bytes=self._open_bytes(),
             following=self._following(epoch),
-            ahead=self.num_threads > 0,
+            ahead=self.settings.num_threads > 0,
         )
         coming = iter(plans)
 
@@ -337,7 +324,7 @@ class ShardReader:
             planned = next(coming, None)
             return None if planned is None else self._begin(workers, planned, view, epoch)
 
-        ahead = deque(workers.planner.submit(begin_next) for _ in range(self.prefetch))
+        ahead = deque(workers.planner.submit(begin_next) for _ in range(self.settings.num_ahead))
         try:
             while True:
                 asked = time.perf_counter()
@@ -360,14 +347,16 @@ class ShardReader:
         """Tar bytes that this rank keeps open: its lanes' part of the cache, all where there is one lane."""
         if not self.dataset.is_remote or self.lanes == 1:
             return self.cache.bytes
-        return self.cache.bytes // min(self.world_size, self.lanes)
+        return self.cache.bytes // min(self.settings.world_size, self.lanes)
 
     def _started(self) -> _Workers:
         """The threads of this process: those of a parent do not survive a fork."""
         if self._workers is None or self._workers.pid != os.getpid():
 
             def threads(number: int, name: str) -> Executor:
-                return ThreadPoolExecutor(number, name) if self.num_threads > 0 else _InlineExecutor()
+                return (
+                    ThreadPoolExecutor(number, name) if self.settings.num_threads > 0 else _InlineExecutor()
+                )
 
             fetchers = threads(FETCH_THREADS, "shard-fetch")
             cache = ShardCache(
@@ -377,23 +366,23 @@ class ShardReader:
                 pid=os.getpid(),
                 planner=threads(1, "shard-plan"),
                 fetchers=fetchers,
-                decoders=threads(self.num_threads, "shard-decode"),
+                decoders=threads(self.settings.num_threads, "shard-decode"),
                 cache=cache,
                 record_type=record_type(self.dataset),
-                buffers=_Buffers(self.prefetch + 3),
+                buffers=_Buffers(self.settings.num_ahead + 3),
             )
         return self._workers
 
     def _begin(self, workers: _Workers, planned: PlannedBatch, view: int, epoch: int) -> _PendingBatch:
         """Have the batch's samples decoded into place, a few at a time."""
         plan, size = planned.plan, len(planned.plan.positions)
-        side = self.image_size if self.decoded else 0
+        side, decoded = self.image_size, self.crops is not None
         records = np.empty(size, workers.record_type)
         batch = SampleBatch(
             view=self.dataset.manifest.first_view + view,
             sample_ids=records["sample_id"],
             pixels=workers.buffers.take((size, side, side, 3)),
-            encoded=[] if self.decoded else [memoryview(b"")] * size,
+            encoded=[] if decoded else [memoryview(b"")] * size,
             codes=records["codes"] if self.dataset.kind == "tokens" else None,
             labels=records["label"],
             positions=plan.positions,
@@ -401,7 +390,7 @@ class ShardReader:
             next_position=plan.position + plan.global_size,
             global_size=plan.global_size,
         )
-        chunk = CHUNK_SAMPLES if self.decoded else max(size, 1)
+        chunk = CHUNK_SAMPLES if decoded else max(size, 1)
         chunks = [
             workers.decoders.submit(
                 self._fill, batch, records, planned, epoch, start, min(start + chunk, size)
@@ -431,14 +420,20 @@ class ShardReader:
             shard = shards[number]
             images.append(shard.image(row))
             records[place] = shard.records[row]
-        if self.decoded:
-            self._decode(batch, planned, epoch, start, images)
-        else:
+        if self.crops is None:
             batch.encoded[start:end] = images
+        else:
+            self._decode(self.crops, batch, planned, epoch, start, images)
         self.telemetry.decoded(time.perf_counter() - opened, opened - began)
 
     def _decode(
-        self, batch: SampleBatch, planned: PlannedBatch, epoch: int, start: int, images: list[memoryview]
+        self,
+        crops: Crops,
+        batch: SampleBatch,
+        planned: PlannedBatch,
+        epoch: int,
+        start: int,
+        images: list[memoryview],
     ) -> None:
         """Fill the pixels of the places from `start` on."""
 
@@ -446,43 +441,27 @@ class ShardReader:
             key = namespaced_key(int(batch.sample_ids[place]), batch.view)
             return f"sample {key} of {planned.shards[int(planned.plan.shards[place])].open().info.tar}"
 
-        out, shape = batch.pixels, batch.pixels.shape[1:]
+        view, out = self._drawn_view(epoch), batch.pixels
         for place, image in enumerate(images, start):
+            sample_id = int(batch.sample_ids[place])
+            showing = Showing(sample_id=sample_id, own_id=sample_id % MAX_SAMPLE_ID, view=view, epoch=epoch)
             try:
-                if self.views is None:
-                    pixels = decode_crop(image, out[place])
-                else:
-                    pixels = self._crop(bytes(image), int(batch.sample_ids[place]), epoch)
+                shape = crops.fill(out[place], image, showing)
             except (Rejected, ValueError) as error:
                 raise InputError(
                     f"{named(place)} cannot be decoded ({error}); "
                     "verify the dataset, and decode with the settings it was prepared with"
                 ) from None
-            if pixels.shape != shape:
+            if shape != out.shape[1:]:
                 raise InputError(
-                    f"{named(place)} is {pixels.shape[1]} x {pixels.shape[0]} pixels, not "
+                    f"{named(place)} is {shape[1]} x {shape[0]} pixels, not "
                     f"{self.image_size} x {self.image_size} as the manifest says; verify the dataset"
                 )
-            if self.views is not None:
-                out[place] = pixels
 
-    def _crop(self, data: bytes, sample_id: int, epoch: int) -> np.ndarray:
-        """The crop of a source image that an epoch sees, uint8 [S, S, 3]."""
-        policy, own_id = self.views, sample_id % MAX_SAMPLE_ID
-        assert policy is not None
-        image = decode_image(data, self.decode)
-        height, width = image.shape[:2]
-        if self.center_crop:
-            view = center_view(policy, height=height, width=width, fraction=self.center_fraction)
-        else:
-            index = epoch
-            if policy.views_per_image > 0:
-                index = view_of_epoch(policy.views_per_image, self.seed, epoch)
-            view = view_at(policy, own_id, index, height=height, width=width)
-        pixels = render(image, view, policy.interpolation)
-        if self.stored_pixels:
-            pixels = decode_crop(encode_crop(pixels, policy.jpeg_quality))
-        return pixels if self.augment is None else self.augment(pixels, sample_id, epoch)
+    def _drawn_view(self, epoch: int) -> int:
+        """Index of the views that fresh crops show in an epoch."""
+        num_views = self.crops.policy.views_per_image if isinstance(self.crops, FreshCrops) else 0
+        return view_of_epoch(num_views, self.settings.seed, epoch) if num_views > 0 else epoch
 
 
 def order_shape(dataset: Dataset, cache: CacheConfig) -> tuple[int, int]:
@@ -587,7 +566,12 @@ def _prepared_decode(dataset: Dataset) -> DecodeConfig:
     return DecodeConfig() if dataset.kind == "tokens" or recipe is None else decode_config_of(recipe)
 
 
-def _stored_size(dataset: Dataset) -> int:
+def _crop_size(dataset: Dataset, crops: Crops | None) -> int:
+    """Side of the crops in pixels, 0 where images stay encoded."""
+    if crops is None:
+        return 0
+    if isinstance(crops, FreshCrops):
+        return crops.policy.side
     tokenizer = dataset.manifest.tokenizer
     if tokenizer is None or "image_size" not in tokenizer:
         raise InputError(f"the manifest of {dataset.url} does not say how large its crops are; make it again")

@@ -219,9 +219,10 @@ def test_prepare_precompute_and_read_under_all_faults(
     import torch
     from PIL import Image
 
+    from shards.pixels.crops import StoredCrops
     from shards.pixels.views import ViewPolicy
     from shards.reader.disk_cache import CacheConfig
-    from shards.reader.reader import ShardReader
+    from shards.reader.reader import Batches, ShardReader
     from shards.writer.prepare import PrepareConfig, prepare_images
     from tokenizer.model.artifact import METRICS, save_tokenizer
     from tokenizer.model.teacher import TeacherConfig, build_teacher
@@ -276,8 +277,9 @@ def test_prepare_precompute_and_read_under_all_faults(
     assert fault_proxy.counts.total() - fault_proxy.counts["requests"] > 50
 
     cache = CacheConfig(folder=str(tmp_path_factory.mktemp("cache")))
-    reader = ShardReader(open_dataset(f"{s3_url}/runs/tokens"), batch_size=5, seed=1, cache=cache)
-    plain = ShardReader(open_dataset(f"{local}/tokens"), batch_size=5, seed=1)
+    batches = Batches(5, seed=1)
+    reader = ShardReader(open_dataset(f"{s3_url}/runs/tokens"), StoredCrops(), batches, cache)
+    plain = ShardReader(open_dataset(f"{local}/tokens"), StoredCrops(), batches)
     for epoch in range(2):
         for batch, expected in zip(reader.batches(epoch), plain.batches(epoch), strict=True):
             np.testing.assert_array_equal(batch.pixels, expected.pixels)

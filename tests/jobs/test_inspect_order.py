@@ -18,9 +18,10 @@ from shards.dataset.dataset import open_dataset
 from shards.format.build import build_shard
 from shards.format.plan import Plan
 from shards.format.records import RejectedSample, StoredSample
+from shards.pixels.crops import StoredCrops
 from shards.pixels.views import CropBox, decode_crop, encode_crop
 from shards.reader.order import view_of_epoch
-from shards.reader.reader import ShardReader
+from shards.reader.reader import Batches, ShardReader
 from shards.writer.commit import commit, finish, pending, start
 
 NUM_SAMPLES = 60
@@ -127,9 +128,8 @@ def test_it_prints_what_the_reader_reads(tokens: str, capsys: pytest.CaptureFixt
         dataset=tokens, seed=2, epoch=1, global_batch=11, world_size=3, rank=1, start=11, steps=3
     )
     for num_threads in (0, 3):
-        with ShardReader(
-            open_dataset(tokens), batch_size=11, seed=2, rank=1, world_size=3, num_threads=num_threads
-        ) as reader:
+        batches = Batches(11, seed=2, rank=1, world_size=3, num_threads=num_threads)
+        with ShardReader(open_dataset(tokens), StoredCrops(), batches) as reader:
             assert steps_of(capsys, config) == [batch.keys for batch in reader.batches(1, 11)][:3]
 
 

@@ -23,7 +23,8 @@ from pretrain.model.backbone import BackboneSize
 from pretrain.model.mim import MIMConfig, PatchAggregationConfig
 from pretrain.train import PretrainConfig, pretrain_mim
 from shards.dataset.dataset import open_dataset
-from shards.reader.reader import SampleBatch, ShardReader
+from shards.pixels.crops import StoredCrops
+from shards.reader.reader import Batches, SampleBatch, ShardReader
 from tests.pipeline.gloo_group import GlooGroups, GroupKilledError, check_nothing_lost_nothing_twice
 
 if TYPE_CHECKING:
@@ -256,7 +257,7 @@ def test_another_number_of_workers_goes_on_at_the_next_unseen_sample(
     groups.kill_at_step = None
     pretrain_mim(dataclasses.replace(config, cluster=ClusterConfig(num_workers=after)))
     taken = groups.taken()
-    with ShardReader(open_dataset(token_shards), batch_size=7, seed=config.seed) as reader:
+    with ShardReader(open_dataset(token_shards), StoredCrops(), Batches(7, seed=config.seed)) as reader:
         assert reader.num_dropped == 5
         check_nothing_lost_nothing_twice(taken, reader.batches, num_epochs=2)
     places = [(part.world_size, part.epoch, part.position) for part in taken if part.rank == 0]

@@ -20,7 +20,8 @@ from pipeline.training.interruption import InterruptedRunError
 from pipeline.training.metrics import read_metrics
 from pipeline.training.worker import Worker
 from shards.dataset.dataset import open_dataset
-from shards.reader.reader import ShardReader
+from shards.pixels.crops import FreshCrops
+from shards.reader.reader import Batches, ShardReader
 from tests.pipeline.gloo_group import GlooGroups, GroupKilledError, check_nothing_lost_nothing_twice
 from tokenizer.model.teacher import TeacherConfig, build_teacher
 from tokenizer.model.vqkd import VQKD
@@ -145,7 +146,7 @@ def test_another_number_of_workers_goes_on_at_the_next_unseen_sample(
     groups.kill_at_step = None
     train_tokenizer(dataclasses.replace(config, cluster=ClusterConfig(num_workers=after)))
     taken, views = groups.taken(), config.views.resolve(32)
-    with ShardReader(open_dataset(image_shards), batch_size=7, seed=config.seed, views=views) as reader:
+    with ShardReader(open_dataset(image_shards), FreshCrops(views), Batches(7, seed=config.seed)) as reader:
         assert reader.num_dropped == 4
         check_nothing_lost_nothing_twice(taken, reader.batches, num_epochs=2)
     places = [(part.world_size, part.epoch, part.position) for part in taken if part.rank == 0]

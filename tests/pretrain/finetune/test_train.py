@@ -389,9 +389,11 @@ def test_crops_of_large_models_show_the_whole_image(make_config: Make, val: str)
     dataset, shape = open_dataset(val), BackboneSize(width=8, depth=1, heads=1)
     for size, fraction in ((16, 0.875), (380, 0.875), (384, 1.0)):
         start = from_scratch(shape, _goal(image_size=size), patch_size=size // 2)
-        assert finetune._val_reader(make_config("x"), dataset, start, Worker()).center_fraction == fraction
+        assert (
+            finetune._val_reader(make_config("x"), dataset, start, Worker()).crops.center_fraction == fraction
+        )
     reader = finetune._val_reader(make_config("x", center_fraction=0.5), dataset, start, Worker())
-    assert reader.center_fraction == 0.5 and reader.image_size == 384
+    assert reader.crops.center_fraction == 0.5 and reader.image_size == 384
 
 
 def test_the_reader_augments_and_crops_as_it_is_told(make_config: Make, backbone: str, train: str) -> None:

@@ -15,8 +15,9 @@ from pipeline.errors import InputError
 from shards.dataset.corpus import Corpus, SubsetConfig, namespaced_key, open_corpus
 from shards.dataset.dataset import Dataset, open_dataset
 from shards.format.records import MAX_SAMPLE_ID
+from shards.pixels.crops import Crops, FreshCrops, StoredCrops
 from shards.pixels.views import ViewPolicy, decode_crop
-from shards.reader.reader import ShardReader
+from shards.reader.reader import Batches, ShardReader
 from shards.writer.commit import finish, pending, start
 
 if TYPE_CHECKING:
@@ -57,12 +58,11 @@ def make_dataset(tmp_path: Path, small_dataset: Make) -> Callable[..., str]:
     return make
 
 
-def read(dataset: Dataset, **how: Any) -> dict[str, Any]:
+def read(dataset: Dataset, crops: Crops | None = None, **how: Any) -> dict[str, Any]:
     """Key -> (pixels, codes, label) of one epoch."""
     found: dict[str, Any] = {}
-    with ShardReader(
-        dataset, **{"batch_size": 4, "drop_last": False, "num_threads": 0, "seed": 3, **how}
-    ) as reader:
+    batches = Batches(**{"size": 4, "drop_last": False, "num_threads": 0, "seed": 3, **how})
+    with ShardReader(dataset, crops or StoredCrops(), batches) as reader:
         for batch in reader.batches(0):
             for place, key in enumerate(batch.keys):
                 assert key not in found
@@ -146,7 +146,7 @@ def test_online_crops_of_several_datasets_are_those_of_each(written_once: Writte
     listed.write_text("3\n5\n")
     part = open_corpus(str(tmp_path / "copy"), subset=SubsetConfig(ids=str(listed)))
     both = Corpus([images, part])  # the second is another dataset by its fingerprint
-    alone, joined = read(images, views=views), read(both, views=views)
+    alone, joined = read(images, FreshCrops(views)), read(both, FreshCrops(views))
     assert {key: joined[key] for key in alone} == alone
     assert joined["1/0000000003-00"][0] == alone["0000000003-00"][0]
     assert len(joined) == len(alone) + 2
@@ -160,7 +160,7 @@ def test_a_subset_by_labels_is_those_samples(make_dataset: Callable[..., str]) -
     whole = read(open_corpus(root))
     for labels, numbers in ((("bee",), {1}), (("ant", "2"), {0, 2})):
         subset = open_corpus(root, subset=SubsetConfig(labels=labels))
-        found = read(subset, batch_size=2)
+        found = read(subset, size=2)
         assert found == {key: value for key, value in whole.items() if value[2] in numbers}
         assert subset.num_samples() == len(found) == subset.manifest.written_per_view[0]
     with pytest.raises(InputError, match=r"no class wasp \(it has ant, bee, cat\)"):
@@ -177,13 +177,13 @@ def test_a_subset_by_ids_is_frozen_by_its_hash(make_dataset: Callable[..., str],
         return open_corpus(f"{a},{b}", subset=SubsetConfig(ids=str(listed)))
 
     subset = opened("8\n0000000002-00\n1/0000000003-01\n1/0\n")
-    found = read(subset, batch_size=2)
+    found = read(subset, size=2)
     keys = {key[:-3] for key in found}
     assert keys == {"0000000008", "0000000002", "1/0000000003", "1/0000000000"}
     assert found == {key: whole[key] for key in found}
     assert subset.shard_sizes(1).tolist() == [1, 0, 1, 2, 0, 0]
     same = pickle.loads(pickle.dumps(subset))
-    assert read(same, batch_size=2) == found and same.fingerprint == subset.fingerprint
+    assert read(same, size=2) == found and same.fingerprint == subset.fingerprint
     assert opened("8\n2\n").fingerprint != subset.fingerprint
     for text, message in (
         ("", "names no sample"),
@@ -196,7 +196,7 @@ def test_a_subset_by_ids_is_frozen_by_its_hash(make_dataset: Callable[..., str],
             opened(text)
     rejected = opened("4\n5\n")
     with pytest.raises(InputError, match=r"samples 0000000005-0\d of the subset are not in .*v0\d-00001"):
-        read(rejected, batch_size=2)
+        read(rejected, size=2)
     with pytest.raises(InputError, match="not both"):
         SubsetConfig(labels=("a",), ids="b")
     with pytest.raises(InputError, match="no list of ids at /no/where"):

@@ -30,9 +30,10 @@ from shards.format.index import codes_of, index_header
 from shards.format.manifest import read_manifest
 from shards.format.plan import Plan
 from shards.format.records import sample_key
+from shards.pixels.crops import StoredCrops
 from shards.pixels.views import decode_crop
 from shards.reader.order import view_of_epoch
-from shards.reader.reader import ShardReader
+from shards.reader.reader import Batches, ShardReader
 from shards.writer.commit import commit, finish, pending, start
 from shards.writer.layers import build_layer_shard, layer_plan
 
@@ -116,7 +117,7 @@ def growing(tmp_path: Path, small_dataset: Callable[..., Any]) -> Growing:
 def all_read(dataset: Any, epochs: int) -> dict[str, tuple[bytes, tuple[int, ...]]]:
     """Key -> (pixels, codes) of everything a reader gives."""
     found = {}
-    with ShardReader(dataset, batch_size=4, seed=1, num_threads=0, drop_last=False) as reader:
+    with ShardReader(dataset, StoredCrops(), Batches(4, seed=1, num_threads=0, drop_last=False)) as reader:
         for epoch in range(epochs):
             for batch in reader.batches(epoch):
                 assert batch.codes is not None
@@ -208,7 +209,7 @@ def test_the_reader_goes_through_all_views(growing: Growing) -> None:
     for i in STORED:
         for view in range(4):
             assert found[sample_key(i, view)][1] == tuple(expected_codes(i, view).tolist())
-    with ShardReader(dataset, batch_size=8, seed=1, num_threads=0) as reader:
+    with ShardReader(dataset, StoredCrops(), Batches(8, seed=1, num_threads=0)) as reader:
         [batch] = reader.batches(2)
     assert {key[-2:] for key in batch.keys} == {f"{view_of_epoch(4, 1, 2):02d}"}
 

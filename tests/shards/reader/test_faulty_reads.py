@@ -19,11 +19,12 @@ from pipeline.errors import InputError
 from pipeline.remote import RetryPolicy, StoreError
 from shards.dataset.dataset import Dataset, open_dataset
 from shards.format.manifest import ShardInfo
+from shards.pixels.crops import StoredCrops
 from shards.reader import disk_cache as node_cache
 from shards.reader import open_shards as cache
 from shards.reader.disk_cache import CacheConfig
 from shards.reader.order import view_of_epoch
-from shards.reader.reader import SampleBatch, ShardReader
+from shards.reader.reader import Batches, SampleBatch, ShardReader
 from tests.chaos.proxy import Faults
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def remote(fault_proxy: FaultProxy, s3_url: str, written_once: Written) -> Datas
 def make_reader(remote: Dataset, tmp_path: Path) -> Callable[..., ShardReader]:
     def make(folder: str = "cache", num_bytes: int = 1 << 20, **how: Any) -> ShardReader:
         kept = CacheConfig(folder=str(tmp_path / folder), bytes=num_bytes)
-        return ShardReader(remote, **{"batch_size": BATCH, "num_threads": 1, "cache": kept, **how})
+        batches = Batches(**{"size": BATCH, "num_threads": 1, **how})
+        return ShardReader(remote, StoredCrops(), batches, kept)
 
     return make
 
@@ -65,7 +67,9 @@ def assert_same(found: list[SampleBatch], expected: list[SampleBatch]) -> None:
 
 @pytest.fixture
 def expected(written_once: Written) -> list[SampleBatch]:
-    return read(ShardReader(open_dataset(written_once.tokens), batch_size=BATCH, num_threads=0), 3)
+    return read(
+        ShardReader(open_dataset(written_once.tokens), StoredCrops(), Batches(BATCH, num_threads=0)), 3
+    )
 
 
 def _bytes_in(folder: Path) -> int:
@@ -106,7 +110,7 @@ def test_a_small_cache_holds_its_bound_and_gives_fewer_lanes(
     remote: Dataset, make_reader: Callable[..., ShardReader], tmp_path: Path
 ) -> None:
     largest = max(int(remote.shard_bytes(view).max()) for view in range(3))
-    reader = make_reader(num_bytes=2 * largest, epochs=2, batch_size=2, prefetch=1)
+    reader = make_reader(num_bytes=2 * largest, epochs=2, size=2, prefetch=1)
     assert (reader.lanes, reader.window) == (1, 1)
     assert "before the first batch; 0 of them in" in reader.begin()
     seen = []
@@ -144,10 +148,9 @@ def test_a_cache_for_some_of_many_shards_is_never_too_full_to_go_on(
     folder = tmp_path / "cache"
     with ShardReader(
         dataset,
-        batch_size=batch_size,
-        epochs=3,
-        drop_last=False,
-        cache=CacheConfig(folder=str(folder), bytes=bound),
+        StoredCrops(),
+        Batches(batch_size, epochs=3, drop_last=False),
+        CacheConfig(folder=str(folder), bytes=bound),
     ) as reader:
         assert reader.lanes > 1
         for epoch in range(3):

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from shards.dataset.dataset import open_dataset
+from shards.pixels.crops import StoredCrops
 from shards.reader.figures import READER_FILE, ReaderFigures, ReaderReports, Telemetry
-from shards.reader.reader import ShardReader
+from shards.reader.reader import Batches, ShardReader
 
 if TYPE_CHECKING:
     from tests.shards.conftest import Written
@@ -50,7 +51,7 @@ def test_reports_are_written_beside_the_metrics(
     written_once: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = str(tmp_path)
-    with ShardReader(open_dataset(written_once.tokens), batch_size=4, num_threads=1) as reader:
+    with ShardReader(open_dataset(written_once.tokens), StoredCrops(), Batches(4, num_threads=1)) as reader:
         reports = ReaderReports(output, reader.telemetry, num_threads=1)
         for step, _ in enumerate(reader.batches(0), start=1):
             reports.at(step)

@@ -19,16 +19,27 @@ from shards.dataset.dataset import Dataset, open_dataset
 from shards.format.build import ForeignTar, build_shard
 from shards.format.records import RejectedSample, StoredSample
 from shards.format.tar import build_tar
+from shards.pixels.crops import Crops, FreshCrops, StoredCrops
 from shards.pixels.decode import DecodeConfig, decode_image, decode_recipe
-from shards.pixels.views import CropBox, ViewPolicy, center_view, decode_crop, encode_crop, render, view_at
+from shards.pixels.views import (
+    CENTER_FRACTION,
+    CropBox,
+    ViewPolicy,
+    center_view,
+    decode_crop,
+    encode_crop,
+    render,
+    view_at,
+)
 from shards.reader import open_shards as cache
 from shards.reader.disk_cache import CacheConfig
 from shards.reader.order import Order, view_of_epoch
-from shards.reader.reader import SampleBatch, ShardReader, _Buffers
+from shards.reader.reader import Batches, SampleBatch, ShardReader, _Buffers
 from shards.writer.commit import Plan, commit, finish, pending, start
 
 SIZE = 16
 GRID = (2, 3)
+STORED = StoredCrops()
 CODEBOOK_SIZE = 4096
 POLICY = ViewPolicy(image_size=SIZE, scale=(0.3, 0.9), views_per_image=3, color_jitter=0.2, seed=5)
 PREPARED = DecodeConfig(max_pixels=5000, high_bit_depth="window", window=(0.0, 900.0))
@@ -155,8 +166,14 @@ def reader_of() -> Iterator[Callable[..., ShardReader]]:
     """Readers that are closed when the test ends; inline unless it asks for threads."""
     made: list[ShardReader] = []
 
-    def make(dataset: Dataset, **settings: Any) -> ShardReader:
-        made.append(ShardReader(dataset, **{"batch_size": 5, "num_threads": 0, **settings}))
+    def make(
+        dataset: Dataset,
+        crops: Crops | None = STORED,
+        cache: CacheConfig | None = None,
+        **settings: Any,
+    ) -> ShardReader:
+        batches = Batches(**{"size": 5, "num_threads": 0, **settings})
+        made.append(ShardReader(dataset, crops, batches, cache))
         return made[-1]
 
     yield make
@@ -252,7 +269,7 @@ def test_resuming_continues_at_the_next_unseen_sample(
     # Another batch size and more workers take over in mid-epoch.
     seen = keys(straight[:2])
     for rank in range(2):
-        other = reader_of(tokens, batch_size=4, drop_last=False, rank=rank, world_size=2)
+        other = reader_of(tokens, size=4, drop_last=False, rank=rank, world_size=2)
         seen += keys(other.batches(0, straight[1].next_position))
     assert sorted(seen) == sorted(keys(straight))
     assert list(reader.batches(0, len(IDS))) == []
@@ -262,12 +279,12 @@ def test_training_drops_the_tail_and_evaluation_keeps_it(
     tokens: Dataset, reader_of: Callable[..., ShardReader]
 ) -> None:
     assert len(IDS) == 21
-    training, evaluation = reader_of(tokens, batch_size=4), reader_of(tokens, batch_size=4, drop_last=False)
+    training, evaluation = reader_of(tokens, size=4), reader_of(tokens, size=4, drop_last=False)
     assert (training.steps_per_epoch, training.num_dropped) == (5, 1)
     assert (evaluation.steps_per_epoch, evaluation.num_dropped) == (6, 0)
     assert [batch.global_size for batch in training.batches(0)] == [4] * 5
     assert [batch.global_size for batch in evaluation.batches(0)] == [4] * 5 + [1]
-    [alone] = reader_of(tokens, batch_size=100, drop_last=False).batches(0)
+    [alone] = reader_of(tokens, size=100, drop_last=False).batches(0)
     assert alone.global_size == 21
 
 
@@ -287,7 +304,7 @@ def test_online_crops_equal_stored_ones_bit_for_bit(
 ) -> None:
     for epoch in range(3):
         stored = list(reader_of(tokens, seed=9).batches(epoch))
-        online = list(reader_of(images, seed=9, views=POLICY, stored_pixels=True).batches(epoch))
+        online = list(reader_of(images, crops=FreshCrops(POLICY, stored_pixels=True), seed=9).batches(epoch))
         for one, other in zip(stored, online, strict=True):
             assert np.array_equal(one.sample_ids, other.sample_ids)
             assert np.array_equal(one.pixels, other.pixels)
@@ -299,8 +316,8 @@ def test_online_views(images: Dataset, reader_of: Callable[..., ShardReader]) ->
     """Without a fixed number of views every epoch draws its own; centre crops are the same in all of them."""
     fresh = ViewPolicy(image_size=SIZE, views_per_image=0)
     for epoch in (0, 7):
-        batch = next(reader_of(images, views=fresh).batches(epoch))
-        centre = next(reader_of(images, views=fresh, center_crop=True).batches(epoch))
+        batch = next(reader_of(images, FreshCrops(fresh)).batches(epoch))
+        centre = next(reader_of(images, FreshCrops(fresh, center_fraction=CENTER_FRACTION)).batches(epoch))
         for place, sample_id in enumerate(batch.sample_ids.tolist()):
             image = decode_image(source_image(sample_id), DecodeConfig())
             height, width = image.shape[:2]
@@ -313,7 +330,8 @@ def test_online_views(images: Dataset, reader_of: Callable[..., ShardReader]) ->
 def test_tar_indexed_in_place(tmp_path: Path, reader_of: Callable[..., ShardReader]) -> None:
     tar_path = tmp_path / "cats.tar"
     dataset = write_foreign(str(tmp_path / "images"), tar_path)
-    settings = {"views": POLICY, "center_crop": True, "shuffle": False, "drop_last": False, "batch_size": 8}
+    crops = FreshCrops(POLICY, center_fraction=CENTER_FRACTION)
+    settings = {"crops": crops, "shuffle": False, "drop_last": False, "size": 8}
     [batch] = reader_of(dataset, **settings).batches(0)
     for place in range(8):
         image = decode_image(source_image(place), DecodeConfig())
@@ -328,7 +346,7 @@ def test_tar_indexed_in_place(tmp_path: Path, reader_of: Callable[..., ShardRead
     with pytest.raises(InputError, match=r"cats\.tar.*changed"):
         list(reader_of(dataset, **settings).batches(0))
     os.utime(tar_path, ns=(version, version))
-    reader = reader_of(dataset, **{**settings, "batch_size": 2})
+    reader = reader_of(dataset, **{**settings, "size": 2})
     good = reader.batches(0)
     assert [next(good).sample_ids.tolist() for _ in range(3)] == [[0, 1], [2, 3], [4, 5]]
     with pytest.raises(InputError, match=r"sample 6 in .*cats\.tar.*v00-00001.*changed"):
@@ -363,33 +381,36 @@ def test_damage_is_an_error_that_names_the_object(
     url = getattr(info, what)
     damage(Path(url))
     with pytest.raises(InputError) as caught:
-        list(reader_of(dataset, batch_size=2, num_threads=num_threads).batches(0))
+        list(reader_of(dataset, size=2, num_threads=num_threads).batches(0))
     assert url in str(caught.value) and info.name in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_wrong_settings_are_named(tokens: Dataset, images: Dataset) -> None:
+def test_wrong_settings_are_named(
+    tokens: Dataset, images: Dataset, reader_of: Callable[..., ShardReader]
+) -> None:
     wrong: list[tuple[Dataset, dict[str, Any], str]] = [
-        (tokens, {"batch_size": 22}, "batch of 22 .* 21 samples"),
-        (tokens, {"batch_size": 4, "world_size": 5, "rank": 1}, "5 workers .* batch of 4"),
-        (tokens, {"batch_size": 4, "world_size": 2, "rank": 2}, "rank 2"),
-        (tokens, {"batch_size": 0}, "batch size 0"),
-        (tokens, {"batch_size": 4, "seed": -1}, "seed -1"),
-        (tokens, {"batch_size": 4, "views": POLICY}, "stored crops"),
-        (images, {"batch_size": 4}, "view policy"),
+        (tokens, {"size": 22}, "batch of 22 .* 21 samples"),
+        (tokens, {"size": 4, "world_size": 5, "rank": 1}, "5 workers .* batch of 4"),
+        (tokens, {"size": 4, "world_size": 2, "rank": 2}, "rank 2"),
+        (tokens, {"size": 0}, "batch size 0"),
+        (tokens, {"size": 4, "seed": -1}, "seed -1"),
+        (tokens, {"size": 4, "crops": FreshCrops(POLICY)}, "stored crops"),
+        (images, {"size": 4}, "view policy"),
     ]
     for dataset, settings, message in wrong:
         with pytest.raises(InputError, match=message):
-            ShardReader(dataset, **settings)
+            reader_of(dataset, **settings)
     with pytest.raises(InputError, match=r"position 22 .* 21"):
-        ShardReader(tokens, batch_size=4).batches(0, 22)
+        reader_of(tokens, size=4).batches(0, 22)
 
 
 def test_image_that_cannot_be_decoded_is_named(
     images: Dataset, reader_of: Callable[..., ShardReader]
 ) -> None:
     """Decoding with a tighter limit than preparing: nothing is skipped."""
-    assert reader_of(images, views=POLICY).decode == PREPARED
-    reader = reader_of(images, views=POLICY, decode=DecodeConfig(max_pixels=500))
+    crops = reader_of(images, FreshCrops(POLICY)).crops
+    assert crops == FreshCrops(POLICY, decode=PREPARED)
+    reader = reader_of(images, FreshCrops(POLICY, decode=DecodeConfig(max_pixels=500)))
     with pytest.raises(InputError, match=r"sample 00000000\d\d-00 of .*\.tar cannot be decoded .*too_large"):
         list(reader.batches(0))
 
@@ -402,7 +423,7 @@ def reader_threads() -> list[str]:
 
 
 def test_close_leaves_no_thread(tokens: Dataset, tmp_path: Path) -> None:
-    reader = ShardReader(tokens, batch_size=2, num_threads=3)
+    reader = ShardReader(tokens, StoredCrops(), Batches(2, num_threads=3))
     assert reader_threads() == []  # nothing starts before the first batch
     next(reader.batches(0))  # abandoned in mid-epoch
     assert reader_threads() != []
@@ -412,13 +433,13 @@ def test_close_leaves_no_thread(tokens: Dataset, tmp_path: Path) -> None:
 
     damaged = write_dataset(str(tmp_path), "tokens", ranges=(10, 13, 16))
     Path(damaged.shard(view_of_epoch(3, 0, 0), 0).tar).unlink()
-    with pytest.raises(InputError), ShardReader(damaged, batch_size=2) as reader:
+    with pytest.raises(InputError), ShardReader(damaged, StoredCrops(), Batches(2)) as reader:
         list(reader.batches(0))
     assert reader_threads() == []
 
 
 def test_closing_under_an_iterator_ends_it_with_an_error(tokens: Dataset) -> None:
-    reader = ShardReader(tokens, batch_size=2, num_threads=1, prefetch=1)
+    reader = ShardReader(tokens, StoredCrops(), Batches(2, num_threads=1, prefetch=1))
     batches = reader.batches(0)
     next(batches)
     reader.close()
@@ -429,7 +450,7 @@ def test_closing_under_an_iterator_ends_it_with_an_error(tokens: Dataset) -> Non
 
 
 def test_a_reader_in_use_may_be_pickled_and_forked(tokens: Dataset) -> None:
-    with ShardReader(tokens, batch_size=4, seed=2, num_threads=2) as reader:
+    with ShardReader(tokens, StoredCrops(), Batches(4, seed=2, num_threads=2)) as reader:
         expected = list(reader.batches(1))
         with pickle.loads(pickle.dumps(reader)) as copy:
             assert_same(copy.batches(1), expected)
@@ -477,35 +498,35 @@ def test_remote_shards_are_fetched_once_and_again_when_damaged(
         return data
 
     monkeypatch.setattr(cache.storage, "read", flaky)
-    expected = list(reader_of(tokens, batch_size=3).batches(0))
+    expected = list(reader_of(tokens, size=3).batches(0))
     kept = CacheConfig(folder=str(tmp_path / "kept"))
-    assert_same(reader_of(remote, batch_size=3, num_threads=2, cache=kept).batches(0), expected)
+    assert_same(reader_of(remote, size=3, num_threads=2, cache=kept).batches(0), expected)
     assert len(fetched) == 4 + 2 and len(set(fetched)) == 4  # four shards with samples, two transfers damaged
 
     faults += [lambda data: data[:-1]] * 4
     with pytest.raises(InputError, match=r"s3://.*\.tar of shard v0\d-0000\d is damaged"):
-        list(reader_of(remote, batch_size=3, cache=CacheConfig(folder=str(tmp_path / "other"))).batches(0))
+        list(reader_of(remote, size=3, cache=CacheConfig(folder=str(tmp_path / "other"))).batches(0))
 
     # Another run on the node finds them; one that was damaged on its disk meanwhile is fetched again.
     faults.clear()
     fetched.clear()
-    with reader_of(remote, batch_size=3, cache=kept) as reader:
+    with reader_of(remote, size=3, cache=kept) as reader:
         assert_same(reader.batches(0), expected)
         assert (fetched, reader.telemetry.take().cache_hits) == ([], 4)
     flip(next(path for path in sorted((tmp_path / "kept").iterdir()) if not path.name.startswith(".")))
-    assert_same(reader_of(remote, batch_size=3, cache=kept).batches(0), expected)
+    assert_same(reader_of(remote, size=3, cache=kept).batches(0), expected)
     assert len(fetched) == 1
 
 
 def test_a_reader_says_what_it_begins_with_and_refuses_another_decoder(
     tokens: Dataset, images: Dataset, reader_of: Callable[..., ShardReader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = reader_of(tokens, batch_size=21).begin(0)
+    said = reader_of(tokens, size=21).begin(0)
     assert tokens.fingerprint[:12] in said and "1 lanes of 5 shards" in said and "4 shards with" in said
     assert f"{len(tokens.manifest.probe)} images of the decode probe agree" in said
     parts = [reader_of(tokens, rank=rank, world_size=3)._probe(tokens) for rank in range(3)]
     assert sum(parts) == len(tokens.manifest.probe)
-    assert "no shards" not in reader_of(images, views=POLICY).begin(3, 21)
+    assert "no shards" not in reader_of(images, FreshCrops(POLICY)).begin(3, 21)
     monkeypatch.setattr("shards.reader.reader.decode_crop", lambda data: decode_crop(data) ^ 1)
     with pytest.raises(InputError, match=r"sample \d{10}-0\d of .*\.tar decodes to other pixels here"):
         reader_of(tokens).begin(0)
@@ -545,7 +566,7 @@ def test_memory_is_taken_again_once_nothing_refers_to_it() -> None:
 
 def test_images_may_stay_encoded(tokens: Dataset, reader_of: Callable[..., ShardReader]) -> None:
     expected = list(reader_of(tokens, seed=4).batches(2))
-    encoded = reader_of(tokens, seed=4, decoded=False, num_threads=2).batches(2)
+    encoded = reader_of(tokens, crops=None, seed=4, num_threads=2).batches(2)
     for batch, other in zip(encoded, expected, strict=True):
         assert (batch.keys, batch.pixels.shape) == (other.keys, (5, 0, 0, 3))
         assert np.array_equal([decode_crop(data) for data in batch.encoded], other.pixels)

@@ -13,8 +13,9 @@ from pipeline.errors import InputError
 from shards.dataset.dataset import open_dataset, open_table
 from shards.dataset.images import read_crops, read_images
 from shards.dataset.rows import read_shard_rejects
+from shards.pixels.crops import FreshCrops, StoredCrops
 from shards.pixels.views import ViewPolicy
-from shards.reader.reader import ShardReader
+from shards.reader.reader import Batches, ShardReader
 
 Written = Any  # of conftest
 LAYER = "1a2b3c4d"
@@ -23,9 +24,9 @@ LAYER = "1a2b3c4d"
 def read_all(root: str, codes: str | None = None) -> int:
     """Open a dataset and read every sample of every view; how many there were."""
     dataset = open_dataset(root, codes=codes)
-    views = ViewPolicy(image_size=16) if dataset.kind == "images" else None
+    crops = FreshCrops(ViewPolicy(image_size=16)) if dataset.kind == "images" else StoredCrops()
     count = 0
-    with ShardReader(dataset, batch_size=5, views=views, drop_last=False, num_threads=0) as reader:
+    with ShardReader(dataset, crops, Batches(5, drop_last=False, num_threads=0)) as reader:
         for epoch in range(dataset.num_views):
             count += sum(len(batch.keys) for batch in reader.batches(epoch))
     return count

@@ -20,10 +20,11 @@ from shards.dataset.parts import parts, read_plan
 from shards.dataset.rows import read_shard_index
 from shards.format.index import codes_of
 from shards.format.manifest import read_manifest
+from shards.pixels.crops import FreshCrops, StoredCrops
 from shards.pixels.decode import DecodeConfig, decode_image
 from shards.pixels.views import ViewPolicy, decode_crop, encode_crop, render, view_at
 from shards.reader.order import view_of_epoch
-from shards.reader.reader import SampleBatch, ShardReader
+from shards.reader.reader import Batches, SampleBatch, ShardReader
 from tokenizer.model.artifact import VisualTokenizer
 from tokenizer.precompute import items
 from tokenizer.precompute.config import PrecomputeConfig
@@ -102,10 +103,9 @@ def test_codes_are_those_of_the_stored_pixels_and_crops_those_of_the_policy(
 
 def test_online_equals_precomputed(token_shards: str, image_shards: str, tokenizer_url: str) -> None:
     tokenizer = VisualTokenizer.load(tokenizer_url)
-    stored = ShardReader(open_dataset(token_shards), batch_size=8, seed=3)
-    online = ShardReader(
-        open_dataset(image_shards), batch_size=8, seed=3, views=POLICY.resolve(32), stored_pixels=True
-    )
+    crops, batches = FreshCrops(POLICY.resolve(32), stored_pixels=True), Batches(8, seed=3)
+    stored = ShardReader(open_dataset(token_shards), StoredCrops(), batches)
+    online = ShardReader(open_dataset(image_shards), crops, batches)
     by_key = {}
     for reader, codes_now in ((stored, False), (online, True)):
         for epoch in range(2):
@@ -336,7 +336,7 @@ def test_a_code_layer_has_the_codes_of_the_stored_pixels(
 
 
 def _batches(dataset: Dataset) -> list[SampleBatch]:
-    with ShardReader(dataset, batch_size=13, seed=2, num_threads=0) as reader:
+    with ShardReader(dataset, StoredCrops(), Batches(13, seed=2, num_threads=0)) as reader:
         return [batch for epoch in range(2) for batch in reader.batches(epoch)]
 
 
