@@ -8,19 +8,19 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.reference.fixtures import Check, Checks, FixtureError, find_fixtures, read_arrays
-from jobs.reference.tables import POSITIONS_FILE, SCHEDULES_FILE, check_position_tables, check_schedules
-from jobs.reference.vit import check_finetune, check_mim
+from jobs.reference.fixtures import Check, Checks, find_fixtures, read_arrays
+from jobs.reference.vit import check_finetune, check_mim, check_position_tables, check_schedules
 from jobs.reference.vqkd import check_vqkd
 from pipeline import storage
 from pipeline.config import run_job
 from pipeline.errors import InputError
 
-MISFITS = (FixtureError, InputError, RuntimeError, ValueError, TypeError, LookupError)
-"""What arrays that do not fit together, or numbers that are none, raise in numpy, torch and our models."""
+MODELS = {"vqkd_tiny": check_vqkd, "mim_tiny": check_mim, "finetune_tiny": check_finetune}
+TABLES = {"lr_schedules.npz": check_schedules, "relpos_interp.npz": check_position_tables}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,34 +49,36 @@ def check_folder(folder: str) -> Checks:
     """Every fixture of a folder, in order of names. InputError when it holds none."""
     names = [file.url.removeprefix(folder).strip("/") for file in storage.list_files(folder)]
     fixtures, others = find_fixtures(folder, names)
-    tables = {SCHEDULES_FILE: check_schedules, POSITIONS_FILE: check_position_tables}
-    found_tables = [name for name in others if name in tables]
-    if not fixtures and not found_tables:
+    present = [name for name in others if name in TABLES]
+    if not fixtures and not present:
         raise InputError(
             f"{folder} holds no fixtures ({len(names)} files); give a folder with vqkd_tiny_*, mim_tiny_*, "
-            f"finetune_tiny*, {SCHEDULES_FILE} or {POSITIONS_FILE}"
+            f"finetune_tiny*, {' or '.join(TABLES)}"
         )
     checks = Checks()
-    kinds = {"vqkd_tiny": check_vqkd, "mim_tiny": check_mim, "finetune_tiny": check_finetune}
     for fixture in fixtures:
         checks.group = fixture.stem
-        if fixture.missing:
-            for name in fixture.missing:
-                checks.fail(name, "the file is missing")
-            continue
-        try:
-            kinds[fixture.kind](fixture, checks)
-        except MISFITS as error:
-            checks.fail("the fixture as a whole", _one_line(error))
-    for name in found_tables:
-        checks.group = name.removesuffix(".npz")
-        try:
-            tables[name](read_arrays(storage.join(folder, name)), checks)
-        except MISFITS as error:
-            checks.fail("the file as a whole", _one_line(error))
+        for name in fixture.missing:
+            checks.fail(name, "the file is missing")
+        if not fixture.missing:
+            _attempt(checks, "fixture", lambda fixture=fixture: MODELS[fixture.kind](fixture, checks))
+    for name in present:
+        checks.group, url = name.removesuffix(".npz"), storage.join(folder, name)
+        _attempt(checks, "file", lambda name=name, url=url: TABLES[name](read_arrays(url), checks))
     checks.group = ""
-    checks.leave(name for name in others if name not in tables)
+    checks.leave(name for name in others if name not in TABLES)
     return checks
+
+
+def _attempt(checks: Checks, what: str, compare: Callable[[], None]) -> None:
+    """Compare; one failed line where the arrays do not fit together, or numbers are none."""
+    try:
+        compare()
+    except InputError as error:
+        checks.fail(f"the {what} as a whole", str(error))
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        text = " ".join(str(error).split())
+        checks.fail(f"the {what} as a whole", f"{type(error).__name__}: {text}")
 
 
 def as_text(checks: Checks) -> str:
@@ -105,11 +107,6 @@ def as_json(checks: Checks) -> dict[str, Any]:
         ],
         "left_alone": checks.left_alone,
     }
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, FixtureError | InputError) else f"{type(error).__name__}: {text}"
 
 
 def _line(check: Check, width: int) -> str:

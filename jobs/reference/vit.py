@@ -1,9 +1,10 @@
-"""MIM and fine-tuning models held against runs of the reference: logits, losses, gradients, three steps."""
+"""MIM, fine-tuning model, schedules and position tables held against runs of the reference."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,237 +13,172 @@ from jobs.reference.fixtures import (
     FORWARD,
     GRADIENTS,
     WEIGHTS,
+    Arrays,
     Checks,
     Fixture,
-    best_by_trial,
-    counts_in,
-    divisors,
-    load_exactly,
-    need,
-    num_blocks,
-    numbers_of,
-    recipe,
+    gradients_of,
     relative_difference,
 )
-from pipeline.training.optim import build_optimizer, set_lr
-from pretrain.model.backbone import BackboneConfig, relative_position_index
-from pretrain.model.classifier import (
-    SHARED_TABLE,
-    TABLE,
-    Classifier,
-    ClassifierConfig,
-    Pooling,
-    RelativePositions,
-    classifier_from_backbone,
-)
-from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig, masked_patches, mim_loss
+from pipeline.training.optim import OptimConfig, build_optimizer, cosine_schedule, set_lr
+from pretrain.model.backbone import relative_position_index
+from pretrain.model.classifier import TABLE, Classifier
+from pretrain.model.mim import MIM, masked_patches, mim_loss
+from pretrain.model.official import INDEX, backbone_from_official, classifier_from_official
+from pretrain.model.positions import NUM_SPECIAL_ROWS, resize_position_table, spline_coordinates, table_grid
 
-INDEX = "relative_position_index"
+SCHEDULE = 1e-6  # float32's resolution, should the reference have been stored so
 
-MIM_COMPARED = {
-    "images", "mask", "tokens", "labels", "total_loss",
-    *(f"{name}{head}" for name in ("loss", "acc", "patch_features") for head in (1, 2)),
-    "logits1_masked", "logits2_masked",
-}  # fmt: skip
-FINETUNE_COMPARED = {"images", "logits", "pooled", "all_tokens"}
+_EPOCHS = re.compile(r"(?:^|_)(\d+)ep(?:_|$)")
+_ITERATIONS = re.compile(r"(?:^|_)(\d+)it(?:_|$)")
+_WARMUP = re.compile(r"(?:^|_)wu(steps|)_?(\d+)(?:_|$)")
 
 
 def check_mim(fixture: Fixture, checks: Checks) -> None:
     """Every quantity of a `mim_*` fixture; sizes come from its weights, the early layer by trial."""
-    io, meta, state = fixture.arrays("io"), fixture.meta(), fixture.tensors("init")
-    images, mask = need(io, "images"), need(io, "mask").flatten(1).bool()
-    codes = need(io, "tokens").flatten(1)
-    index = state.pop(f"rel_pos_bias.{INDEX}", None)
-    depth = num_blocks(state, "blocks.")
+    io, meta, state = fixture.arrays(), fixture.meta(), fixture.tensors("init")
+    images, mask, codes = io["images"], io["mask"].flatten(1).bool(), io["tokens"].flatten(1)
 
+    def build(layer: int | None) -> MIM:
+        model = backbone_from_official(state, fixture.stem, layer=layer)
+        assert isinstance(model, MIM)
+        return model.train().requires_grad_(True)
+
+    @torch.no_grad()
     def difference(layer: int) -> float:
         """How far the second head is from the reference's when it branches off after this block."""
-        with torch.no_grad():
-            logits = build_mim(state, images, layer)(images, mask).logits_cls
+        logits = build(layer)(images, mask).logits_cls
         assert logits is not None
-        return relative_difference(logits, need(io, "logits2_masked"))
+        return relative_difference(logits, io["logits2_masked"])
 
-    has_second_head = num_blocks(state, "cls_pt_layers.") > 0
-    layer = best_by_trial(range(1, depth + 1), difference) if has_second_head else None
-    note = f"second head from layer {layer}, by trial" if has_second_head else "no second head"
-    if "cls_pt_lm_head.weight" in state:
-        note += ", with a norm and classifier of its own"
-    model = build_mim(state, images, layer)
-    if index is not None:
+    model = build(None)
+    layer, note = None, "no second head"
+    if model.cls_pt_layers is not None:
+        layer = min(range(1, model.config.depth + 1), key=difference)
+        own_head = "" if model.cls_pt_lm_head is None else ", with a norm and classifier of its own"
+        note = f"second head from layer {layer}, by trial{own_head}"
+        model = build(layer)
+    if (index := state.get(f"rel_pos_bias.{INDEX}")) is not None:
         checks.equal(INDEX, model.rel_pos_bias.relative_position_index, index)
 
     # What both classifiers see of every patch, and what they say of the masked ones.
     for head, features in enumerate(_head_inputs(model, images, mask), start=1):
-        if (name := f"patch_features{head}") in io:
-            checks.close(name, features.view_as(io[name]), io[name], FORWARD)
+        theirs = io[f"patch_features{head}"]
+        checks.close(f"patch_features{head}", features.view_as(theirs), theirs, FORWARD)
     output = model(images, mask)
     loss = mim_loss(output, codes)
     count = loss.num_masked
-    labels = codes.flatten()[output.masked]
-    checks.equal("labels", labels, need(io, "labels"))
-    checks.close("logits1_masked", output.logits, need(io, "logits1_masked"), FORWARD)
-    checks.close("loss1", loss.loss / count, need(io, "loss1"), FORWARD)
-    if "acc1" in io:
-        checks.close("acc1", loss.correct / count, io["acc1"], FORWARD)
+    checks.equal("labels", codes.flatten()[output.masked], io["labels"])
+    heads = [(output.logits, loss.loss, loss.correct, "")]
     if output.logits_cls is not None:
-        checks.close("logits2_masked", output.logits_cls, need(io, "logits2_masked"), FORWARD, note)
-        checks.close("loss2", loss.loss_cls / count, need(io, "loss2"), FORWARD)
-        if "acc2" in io:
-            checks.close("acc2", loss.correct_cls / count, io["acc2"], FORWARD)
+        heads.append((output.logits_cls, loss.loss_cls, loss.correct_cls, note))
+    for head, (logits, summed, correct, of_head) in enumerate(heads, start=1):
+        checks.close(f"logits{head}_masked", logits, io[f"logits{head}_masked"], FORWARD, of_head)
+        checks.close(f"loss{head}", summed / count, io[f"loss{head}"], FORWARD)
+        checks.close(f"acc{head}", correct / count, io[f"acc{head}"], FORWARD)
     total = loss.objective(count)
-    checks.close("total_loss", total, need(io, "total_loss"), FORWARD, note)
-    checks.leave(sorted(io.keys() - MIM_COMPARED))
-
+    checks.close("total_loss", total, io["total_loss"], FORWARD, note)
+    compared = {"images", "mask", "tokens", "labels", "total_loss"}
+    for head in range(1, len(heads) + 1):
+        compared |= {f"{name}{head}" for name in ("loss", "acc", "patch_features")} | {f"logits{head}_masked"}
+    checks.leave(io.keys() - compared)
     total.backward()
-    ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     gradients = fixture.tensors("grads")
-    checks.all_close("gradients", ours, gradients, GRADIENTS)
+    checks.all_close("gradients", gradients_of(model), gradients, GRADIENTS)
 
     # Optimizer steps with clipping, all on the one batch.
-    steps, rates = meta.get("three_steps"), meta.get("lrs")
-    after = {key: t for key, t in fixture.tensors("after3").items() if not key.endswith(INDEX)}
-    if not steps or not rates or len(steps) != len(rates) or not after:
-        checks.fail("three steps", "meta has no `three_steps` and `lrs` of one length, or there is no after3")
-        return
-    model = build_mim(state, images, layer)
-    optimizer = build_optimizer(
-        model,
-        recipe(meta, weight_decay=0.05, betas=(0.9, 0.999)),
-        batch_size=1,
-    )
-    totals: list[Tensor] = []
-    norms: list[Tensor] = []
-    for rate in rates:
+    model = build(layer)
+    optimizer = build_optimizer(model, OptimConfig(), batch_size=1)
+    figures: dict[str, list[Tensor]] = {"total": [], "grad_norm": []}
+    for rate in meta["lrs"]:
         set_lr(optimizer, rate)
         optimizer.zero_grad()
-        loss = mim_loss(model(images, mask), codes)
-        total = loss.objective(loss.num_masked)
+        total = mim_loss(model(images, mask), codes).objective(count)
         total.backward()
-        totals.append(total.detach())
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), meta.get("clip") or float("inf")))
+        norm = nn.utils.clip_grad_norm_(model.parameters(), meta.get("clip") or math.inf)
         optimizer.step()
-    checks.close("three steps: total loss", torch.stack(totals), numbers_of(steps, "total"), FORWARD)
-    if all("grad_norm" in step for step in steps):
-        checks.close(
-            "three steps: gradient norms", torch.stack(norms), numbers_of(steps, "grad_norm"), GRADIENTS
-        )
-    checks.all_close("three steps: weights", model.state_dict(), after, WEIGHTS, counted=counts_in(gradients))
-
-
-def build_mim(state: Mapping[str, Tensor], images: Tensor, layer: int | None) -> MIM:
-    """Our model with these weights, second head after block `layer`; everything else is read off them."""
-    aggregation = PatchAggregationConfig(
-        layer=layer,
-        head_depth=max(num_blocks(state, "cls_pt_layers."), 1),
-        share_mim_head="cls_pt_lm_head.weight" not in state,
-    )
-    heads = need(state, SHARED_TABLE).shape[1]
-    config = backbone_sizes(state, images, heads)
-    model = MIM(config, MIMConfig(patch_aggregation=aggregation), need(state, "lm_head.weight").shape[0])
-    load_exactly(model, state)
-    return model
-
-
-def backbone_sizes(state: Mapping[str, Tensor], images: Tensor, heads: int) -> BackboneConfig:
-    """The config of a ViT with these weights, for these images [B, 3, S, S]."""
-    width, _, patch_size, _ = need(state, "patch_embed.proj.weight").shape
-    gamma = state.get("blocks.0.gamma_1")
-    return BackboneConfig(
-        image_size=images.shape[-1],
-        patch_size=patch_size,
-        width=width,
-        depth=num_blocks(state, "blocks."),
-        heads=heads,
-        mlp_ratio=need(state, "blocks.0.mlp.fc1.weight").shape[0] / width,
-        # The value is overwritten by the weights; what counts is whether there is a scale.
-        layer_scale_init=0.0 if gamma is None else 0.1,
-    )
+        figures["total"].append(total.detach())
+        figures["grad_norm"].append(norm)
+    checks.steps(meta["three_steps"], figures)
+    after = {key: t for key, t in fixture.tensors("after3").items() if not key.endswith(INDEX)}
+    checks.all_close("three steps: weights", model.state_dict(), after, WEIGHTS, gradients=gradients)
 
 
 @torch.no_grad()
 def _head_inputs(model: MIM, images: Tensor, mask: Tensor) -> list[Tensor]:
     """What each head's classifier is given for every patch [B * N, D]."""
-    seen: list[Tensor] = []
-
-    def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append(inputs[0])
-
-    classifiers = {model.lm_head, *([model.cls_pt_lm_head] if model.cls_pt_lm_head is not None else [])}
-    handles = [classifier.register_forward_pre_hook(keep) for classifier in classifiers]
+    inputs: list[Tensor] = []
+    classifiers = {model.lm_head, model.cls_pt_lm_head or model.lm_head}
+    handles = [c.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for c in classifiers]
     model(images, mask, masked_patches(torch.ones_like(mask)))
     for handle in handles:
         handle.remove()
-    return seen
-
-
-def check_finetune(fixture: Fixture, checks: Checks) -> None:
-    """Pooled features, all tokens and logits of a `finetune_*` fixture.
-
-    The weights may be those of a pretraining run: they are then converted as for fine-tuning.
-    """
-    io, state = fixture.arrays("io"), fixture.tensors("init")
-    images = need(io, "images")
-    indices = {key: state.pop(key) for key in [key for key in state if key.endswith(INDEX)]}
-    has_head = "head.weight" in state
-    tables = [tensor for key, tensor in state.items() if key.endswith(TABLE)]
-    note = ""
-    if tables:
-        heads = tables[0].shape[1]
-    else:
-        width = need(state, "patch_embed.proj.weight").shape[0]
-        heads = best_by_trial(divisors(width), lambda heads: _pooled_difference(state, io, heads))
-        note = f"{heads} heads, by trial"
-    model = build_classifier(state, images, heads)
-    ours = relative_position_index(model.config.backbone.grid)
-    for key, index in indices.items():
-        if index.shape == ours.shape:
-            checks.equal(key, ours, index)
-        else:
-            checks.leave([f"{key}, of the grid before it was resized"])
-    with torch.no_grad():
-        tokens = model.forward_tokens(images)
-        expected = need(io, "all_tokens")
-        if has_head and expected.shape[-1] == model.config.num_classes != tokens.shape[-1]:
-            tokens, note = model.head(tokens), "; ".join(filter(None, [note, "through the head"]))
-        checks.close(
-            "pooled", model.pooled(images), need(io, "pooled"), FORWARD, f"{model.config.pooling} pooling"
-        )
-        checks.close("all_tokens", tokens, expected, FORWARD, note)
-        if has_head:
-            checks.close("logits", model(images), need(io, "logits"), FORWARD)
-        elif "logits" in io:
-            checks.fail("logits", "the weights hold no head")
-    checks.leave(sorted(io.keys() - FINETUNE_COMPARED))
-
-
-def build_classifier(state: Mapping[str, Tensor], images: Tensor, heads: int) -> Classifier:
-    """Our fine-tuning model with these weights, of fine-tuning or pretraining, for images [B, 3, S, S]."""
-    pretrained = "lm_head.weight" in state or "mask_token" in state
-    pooling: Pooling = "cls" if "norm.weight" in state and not pretrained else "mean"
-    relative: RelativePositions = "none"
-    if any(key.endswith(TABLE) for key in state):
-        relative = "shared" if SHARED_TABLE in state and not pretrained else "per_block"
-    config = ClassifierConfig(
-        backbone=backbone_sizes(state, images, heads),
-        num_classes=state["head.weight"].shape[0] if "head.weight" in state else 0,
-        pooling=pooling,
-        absolute_positions="pos_embed" in state,
-        relative_positions=relative,
-    )
-    model = Classifier(config)
-    converted = classifier_from_backbone(
-        state,
-        config.backbone,
-        config.num_classes,
-        pooling=config.pooling,
-        absolute_positions=config.absolute_positions,
-        relative_positions=config.relative_positions,
-    )
-    load_exactly(model, converted)
-    return model.eval()
+    return inputs
 
 
 @torch.no_grad()
-def _pooled_difference(state: Mapping[str, Tensor], io: Mapping[str, Tensor], heads: int) -> float:
-    images = need(io, "images")
-    return relative_difference(build_classifier(state, images, heads).pooled(images), need(io, "pooled"))
+def check_finetune(fixture: Fixture, checks: Checks) -> None:
+    """Pooled features, all tokens and logits of a `finetune_*` fixture; heads by trial if no table tells."""
+    io, state = fixture.arrays(), fixture.tensors("init")
+    images = io["images"]
+
+    def build(heads: int | None) -> Classifier:
+        return classifier_from_official(state, fixture.stem, heads=heads)
+
+    heads, note = None, ""
+    if not any(key.endswith(TABLE) for key in state):
+        width = state["cls_token"].shape[-1]
+        candidates = [heads for heads in range(1, width + 1) if width % heads == 0]
+        heads = min(candidates, key=lambda n: relative_difference(build(n).pooled(images), io["pooled"]))
+        note = f"{heads} heads, by trial"
+    model = build(heads)
+    for key in (key for key in state if key.endswith(INDEX)):
+        checks.equal(key, relative_position_index(model.config.backbone.grid), state[key])
+    checks.close("pooled", model.pooled(images), io["pooled"], FORWARD, f"{model.config.pooling} pooling")
+    checks.close("all_tokens", model.forward_tokens(images), io["all_tokens"], FORWARD, note)
+    checks.close("logits", model(images), io["logits"], FORWARD)
+    checks.leave(io.keys() - {"images", "logits", "pooled", "all_tokens"})
+
+
+def check_schedules(arrays: Mapping[str, Tensor], checks: Checks) -> None:
+    """Every schedule whose name says epochs, steps per epoch and warm-up: `mim_30ep_10it_wu10`, `…_wusteps7`.
+
+    Both learning rates are read off the array: the peak is its maximum, and the last step lies a known part
+    of the way above the minimum.
+    """
+    for name, expected in arrays.items():
+        epochs, iterations, warmup = (p.search(name) for p in (_EPOCHS, _ITERATIONS, _WARMUP))
+        if epochs is None or iterations is None or warmup is None:
+            checks.leave([name])
+            continue
+        total = int(epochs[1]) * int(iterations[1])
+        warmup_steps = int(warmup[2]) * (1 if warmup[1] else int(iterations[1]))
+        peak, last = float(expected.max()), float(expected[-1])
+        # The half cosine ends one step short of the minimum.
+        above = 0.5 * (1.0 + math.cos(math.pi * (1.0 - 1.0 / max(total - warmup_steps, 1))))
+        min_lr = last if above == 1.0 else (last - peak * above) / (1.0 - above)
+        lr = cosine_schedule(peak_lr=peak, min_lr=min_lr, warmup_steps=warmup_steps, total_steps=total)
+        ours = torch.tensor([lr(step) for step in range(total)], dtype=torch.float64)
+        note = f"{warmup_steps} of {total} steps warm up, to {peak:.3g}"
+        checks.close(name, ours, expected.double(), SCHEDULE, note)
+
+
+def check_position_tables(arrays: Arrays, checks: Checks) -> None:
+    """`interp2d_<grid>`: `src` [H, S, S] for another grid; `coords_<grid>`: where the spline's points lie."""
+    source = arrays["src"].flatten(1).t()
+    # The rows of [CLS] must come through untouched, whatever they hold.
+    cls_rows = torch.arange(1.0, NUM_SPECIAL_ROWS + 1)[:, None].expand(-1, source.shape[1])
+    table = torch.cat([source, cls_rows.to(source)])
+    grid = table_grid(len(table))
+    for name, expected in arrays.items():
+        kind, _, number = name.rpartition("_")
+        if kind == "interp2d" and number.isdigit():
+            ours = resize_position_table(table, grid, int(number))
+            if not torch.equal(ours[-NUM_SPECIAL_ROWS:], table[-NUM_SPECIAL_ROWS:]):
+                checks.fail(name, "the rows of [CLS] are not carried over")
+            note = f"{grid}x{grid} to {number}x{number}"
+            checks.close(name, ours[:-NUM_SPECIAL_ROWS], expected.flatten(1).t(), FORWARD, note)
+        elif kind == "coords" and number.isdigit():
+            coordinates = torch.tensor(spline_coordinates(grid, int(number)), dtype=torch.float64)
+            checks.close(name, coordinates, expected.double(), FORWARD)
+        elif name != "src":
+            checks.leave([name])

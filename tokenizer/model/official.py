@@ -22,7 +22,7 @@ DROPPED = ("teacher", "scaling", "loss")
 HEAD_DIM = 64
 """Width of an attention head in every published model."""
 
-_UNUSED = ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg")
+UNUSED = ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg")
 """Left from a VQ-VAE style moving average that the official code never runs."""
 
 _TEACHERS = {512: "open_clip:ViT-B-16", 768: "timm:vit_base_patch16_224.dino"}
@@ -51,7 +51,7 @@ def vqkd_from_official(tensors: Mapping[str, Tensor], url: str, *, heads: int | 
     Raises InputError that names the first key that is missing, misshapen or left over, or when the codebook
     was never started.
     """
-    config, target_dim = _config(tensors, url, heads)
+    config, target_dim = vqkd_config(tensors, url, heads)
     with torch.device("meta"):  # names and shapes only
         model = VQKD(config, target_dim)
     expected = model.state_dict()
@@ -75,7 +75,7 @@ def official_vqkd(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Nothing reads those; they get the statistics and the codes that are in use.
     """
     cluster_size, codebook = tensors["quantize.cluster_size"], tensors["quantize.embedding.weight"]
-    return {**tensors, _UNUSED[0]: cluster_size.clone(), _UNUSED[1]: codebook.clone()}
+    return {**tensors, UNUSED[0]: cluster_size.clone(), UNUSED[1]: codebook.clone()}
 
 
 def published_teacher(target_dim: int) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def published_teacher(target_dim: int) -> dict[str, Any]:
     }
 
 
-def _config(tensors: Mapping[str, Tensor], url: str, heads: int | None) -> tuple[VQKDConfig, int]:
+def vqkd_config(tensors: Mapping[str, Tensor], url: str, heads: int | None) -> tuple[VQKDConfig, int]:
     """The configuration that fits the tensors' shapes, and the teacher's dimension."""
     patch_size = common_size(
         tensors, url, [("encoder.patch_embed.proj.weight", 2), ("encoder.patch_embed.proj.weight", 3)]
@@ -103,7 +103,7 @@ def _config(tensors: Mapping[str, Tensor], url: str, heads: int | None) -> tuple
     codebook_size = common_size(
         tensors,
         url,
-        [("quantize.embedding.weight", 0), ("quantize.cluster_size", 0), *((key, 0) for key in _UNUSED)],
+        [("quantize.embedding.weight", 0), ("quantize.cluster_size", 0), *((key, 0) for key in UNUSED)],
     )
     code_dim = common_size(
         tensors,

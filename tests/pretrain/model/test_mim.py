@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jobs.reference.fixtures import Checks, find_fixtures, relative_difference
-from jobs.reference.vit import check_mim
+from jobs.reference.fixtures import relative_difference
 from pipeline.errors import InputError
 from pretrain.model.backbone import BackboneConfig
 from pretrain.model.mim import (
@@ -50,18 +48,6 @@ def batch(size: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------ reference
-
-
-@pytest.mark.parametrize("stem", ["mim_tiny_cls_shared", "mim_tiny_plain"])
-def test_every_quantity_is_the_references(shared_dir: Path, stem: str):
-    """Features, logits, losses of both heads, gradients, three clipped steps: see jobs/reference/vit.py."""
-    folder = str(shared_dir / "reference" / "fixtures")
-    fixtures, _ = find_fixtures(folder, os.listdir(folder))
-    [fixture] = [fixture for fixture in fixtures if fixture.stem == stem]
-    checks = Checks()
-    check_mim(fixture, checks)
-    assert len(checks.done) == (11 if stem == "mim_tiny_plain" else 15)
-    assert [check for check in checks.done if not check.passed] == []
 
 
 def test_parameter_groups_are_the_references(shared_dir: Path, monkeypatch):
