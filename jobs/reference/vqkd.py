@@ -221,7 +221,7 @@ def _check_steps(
 
 @torch.no_grad()
 def clip_tokens(tower: Mapping[str, Tensor], images: Tensor, heads: int) -> Tensor:
-    """Patch features [B, N, T] of a CLIP image tower for images [B, 3, S, S], normalised (reference.md §1.5)."""
+    """Patch features [B, N, T] of a CLIP image tower for images [B, 3, S, S] (reference.md §1.5)."""
 
     def norm(x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], tower[f"{name}.weight"], tower[f"{name}.bias"])
