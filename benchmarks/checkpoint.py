@@ -9,7 +9,6 @@ moment one is begun until it is published; `extra_s` is what these steps took lo
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import tempfile
@@ -19,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from benchmarks.timing import emit
 from pipeline.config import run_job
 from pipeline.training.checkpoints import CheckpointStore, TrainState
 from pipeline.training.optim import OptimConfig, autocast, build_optimizer, resolve_precision
@@ -91,19 +91,15 @@ def main(config: BenchmarkConfig) -> None:
         latest = store.latest()
     assert latest is not None
     num_bytes = sum(t.numel() * t.element_size() for t in latest[1]["model"].values()) * 3
-    print(
-        json.dumps(
-            {
-                "case": f"checkpoint, {config.size} model with AdamW, local disk",
-                "device": f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
-                "gigabytes": round(num_bytes / 1e9, 2),
-                "step_s": round(plain, 3),
-                "blocked_s": round(statistics.median(blocked), 3),
-                "extra_s": round(statistics.median(extra), 2),
-                "every_s": config.every_s,
-                "share": round(statistics.median(extra) / config.every_s, 4),
-            }
-        )
+    emit(
+        f"checkpoint, {config.size} model with AdamW, local disk",
+        device=f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
+        gigabytes=num_bytes / 1e9,
+        step_s=plain,
+        blocked_s=statistics.median(blocked),
+        extra_s=statistics.median(extra),
+        every_s=config.every_s,
+        share=statistics.median(extra) / config.every_s,
     )
 
 

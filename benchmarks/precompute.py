@@ -12,7 +12,6 @@ is cropped while the last one's is encoded; here it is waited for.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -24,6 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from benchmarks.timing import emit
 from pipeline import storage
 from pipeline.cluster.config import ClusterConfig
 from pipeline.config import run_job
@@ -97,28 +97,25 @@ def main(config: BenchmarkConfig) -> None:
             finish(work.root, plan, decode_crop)
             set_up_s[-1] += time.perf_counter() - began
     ratios = [forward / shard for forward, shard in zip(forward_s, shards_s, strict=True)]
-    print(
-        json.dumps(
-            {
-                "case": f"precompute, {config.encoder} encoder, {tokenizer.image_size} px",
-                "images": config.rounds * config.num_images,
-                "batch_size": config.batch_size,
-                "device": f"{_device()}, {_threads()} threads, {platform.machine()}",
-                "pass_images_per_s": round(config.rounds * config.num_images / sum(shards_s), 2),
-                "forward_images_per_s": round(config.rounds * config.num_images / sum(forward_s), 2),
-                "ratio": round(statistics.median(ratios), 3),
-                "ratio_of_sums": round(sum(forward_s) / sum(shards_s), 3),
-                "set_up_s": round(statistics.median(set_up_s), 2),
-                "ratios": [round(ratio, 3) for ratio in ratios],
-            }
-        )
+    total = config.rounds * config.num_images
+    emit(
+        f"precompute, {config.encoder} encoder, {tokenizer.image_size} px",
+        images=total,
+        batch_size=config.batch_size,
+        device=f"{_device()}, {_threads()} threads, {platform.machine()}",
+        pass_images_per_s=total / sum(shards_s),
+        forward_images_per_s=total / sum(forward_s),
+        ratio=statistics.median(ratios),
+        ratio_of_sums=sum(forward_s) / sum(shards_s),
+        set_up_s=statistics.median(set_up_s),
+        ratios=ratios,
     )
 
 
 def _link_images(config: BenchmarkConfig, folder: str) -> None:
     os.makedirs(folder)
-    found = [file.url for file in storage.list_files(storage.absolute(config.images))]
-    for number, url in enumerate(found[: config.num_images]):
+    urls = [file.url for file in storage.list_files(storage.absolute(config.images))]
+    for number, url in enumerate(urls[: config.num_images]):
         os.symlink(url, os.path.join(folder, f"{number:05d}{os.path.splitext(url)[1]}"))
 
 
@@ -126,11 +123,7 @@ def _save_random_tokenizer(config: BenchmarkConfig, url: str) -> None:
     torch.manual_seed(0)
     model_config = VQKDConfig(encoder=config.encoder, decoder_depth=1, kmeans_init=False)
     teacher = build_teacher(TeacherConfig(), model_config.image_size, model_config.patch_size)
-    unmeasured = {
-        "reconstruction_loss": float("nan"),
-        "codebook_usage": float("nan"),
-        "perplexity": float("nan"),
-    }
+    unmeasured = dict.fromkeys(("reconstruction_loss", "codebook_usage", "perplexity"), float("nan"))
     save_tokenizer(url, VQKD(model_config, teacher.dim), teacher=teacher, metrics=unmeasured, inputs={})
 
 

@@ -9,6 +9,7 @@ readers run in processes of their own, in which nothing else takes memory. What 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -17,25 +18,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks._scale_process import Measured, scale_plan
+from benchmarks.timing import emit
 from pipeline import storage
 from pipeline.artifacts import sha256_hex
 from pipeline.cluster.config import ClusterConfig
 from pipeline.cluster.items import map_items
 from pipeline.config import run_job
+from shards.dataset.dataset import open_dataset
 from shards.format.build import build_shard
 from shards.format.manifest import MANIFEST, Manifest, ShardInfo, TableName, TableWriter, shard_name
 from shards.format.plan import Item, Plan
 from shards.format.records import StoredSample
-from shards.pixels.views import CropBox, encode_crop
-from shards.writer.commit import commit, start, unfinished
+from shards.pixels.views import CropBox, decode_crop, encode_crop
+from shards.writer.commit import PLAN, commit, finish, start, unfinished
 
+GRID = (14, 14)
+CODEBOOK_SIZE = 8192
 SAMPLES_PER_SHARD = 4000  # of the generated manifest
 
 
@@ -53,30 +55,59 @@ class ScaleConfig:
     """Local folder to write below, such as one on a disk or in /dev/shm; null takes a temporary one."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Time and memory of a process. Memory is the largest resident set so far, in MB, after imports and in all."""
+
+    shards: int
+    samples: int
+    imported_mb: float
+    peak_mb: float
+    plan_bytes: int = 0
+    pending_s: float = 0.0
+    finish_s: float = 0.0
+    open_s: float = 0.0
+
+
 def main(config: ScaleConfig) -> None:
     """Run all cases."""
-    with _folder(config.root) as root:
+    if config.root is not None:
+        os.makedirs(config.root, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="scale-", dir=config.root) as root:
         if config.shards:
-            tenth = max(1, config.shards // 10)
-            drivers: dict[str, Measured] = {}
-            for name, shards, samples in (
-                ("tenth", tenth, config.samples),
-                ("tenth, 10 times the samples", tenth, 10 * config.samples),
-                ("all", config.shards, config.samples),
-            ):
-                url = os.path.join(root, name.replace(" ", "-").replace(",", ""))
-                _print_pass(url, shards, samples)
-                drivers[name] = _in_process("drive", url, str(shards), str(samples))
-                shutil.rmtree(url)
-            _print_drivers("10 times the shards", drivers["tenth"], drivers["all"])
-            _print_drivers("10 times the samples", drivers["tenth"], drivers["tenth, 10 times the samples"])
+            few = max(1, config.shards // 10)
+            tenth, more_samples, whole = (
+                _write_and_drive(os.path.join(root, f"{shards}-{samples}"), shards, samples)
+                for shards, samples in (
+                    (few, config.samples),
+                    (few, 10 * config.samples),
+                    (config.shards, config.samples),
+                )
+            )
+            _emit_drivers("10 times the shards", tenth, whole)
+            _emit_drivers("10 times the samples", tenth, more_samples)
         if config.manifest_shards:
             url = os.path.join(root, "manifest")
-            _write_manifest(url, config.manifest_shards)
-            _print_open(url, config.manifest_shards)
+            table_bytes = _write_manifest(url, config.manifest_shards)
+            opened = _in_process("open_manifest", url)
+            emit("open a manifest", table_mb=table_bytes / 1e6, **dataclasses.asdict(opened))
 
 
 # ------------------------------------------------------------------------------------------------ write pass
+
+
+def scale_plan(shards: int, samples: int) -> Plan:
+    """The plan of a token dataset: `shards` ranges of `samples` ids, and a gap of one behind every third."""
+    tokenizer = {"fingerprint": "f" * 64, "grid": list(GRID), "codebook_size": CODEBOOK_SIZE, "code_dim": 32}
+    return Plan(
+        kind="tokens",
+        inputs={"images": "a" * 64, "tokenizer": "f" * 64},
+        recipe={"views": {"seed": 0}},
+        first_ids=tuple(number * samples + number // 3 for number in range(shards + 1)),
+        samples=(samples,) * shards,
+        views=1,
+        header={"class_names": None, "tokenizer": tokenizer},
+    )
 
 
 class _Writer:
@@ -86,7 +117,6 @@ class _Writer:
         self._root = root
         self._plan = plan
         self._image = encode_crop(np.zeros((8, 8, 3), np.uint8), 95)
-        self._codes = np.zeros(self._plan.header["tokenizer"]["grid"], np.uint16)
 
     def __call__(self, item: Item) -> float:
         samples = [
@@ -100,83 +130,51 @@ class _Writer:
                 source_height=375,
                 label=sample_id % 1000,
                 crop=CropBox(top=0, left=0, height=375, width=500),
-                codes=self._codes,
+                codes=np.zeros(GRID, np.uint16),
             )
             for sample_id in range(item.first_id, item.first_id + item.samples)
         ]
-        tokenizer = self._plan.header["tokenizer"]
-        rows, columns = tokenizer["grid"]
-        built = build_shard(samples, [], grid=(rows, columns), codebook_size=tokenizer["codebook_size"])
+        built = build_shard(samples, [], grid=GRID, codebook_size=CODEBOOK_SIZE)
         commit(self._root, self._plan, item, built)
         return time.perf_counter()
 
 
-def _print_pass(url: str, shards: int, samples: int) -> None:
-    """Write all shards in this process, two at a time like any worker, and print the time of each tenth."""
+def _write_and_drive(url: str, shards: int, samples: int) -> Measured:
+    """Write all shards in this process, two at a time like any worker; then what the driver's process takes."""
     began = time.perf_counter()
     plan = start(url, scale_plan(shards, samples))
     todo = unfinished(url, plan)
     planned_s = time.perf_counter() - began
     ends = [time.perf_counter()]
-    cluster = ClusterConfig(num_workers=0)
-    ends += sorted(map_items(todo, lambda: _Writer(url, plan), cluster))
+    ends += sorted(map_items(todo, lambda: _Writer(url, plan), ClusterConfig(num_workers=0)))
     tenths = [ends[part * shards // 10] for part in range(11)]
     ms = [1000 * 10 * (end - begin) / shards for begin, end in itertools.pairwise(tenths)]
-    _print(
-        case="write pass, no-op encoder",
+    emit(
+        "write pass, no-op encoder",
         shards=shards,
         samples_per_shard=samples,
         file_system=_file_system(url),
-        plan_s=round(planned_s, 2),
-        write_s=round(ends[-1] - ends[0], 1),
-        ms_per_shard=round(1000 * (ends[-1] - ends[0]) / shards, 2),
-        ms_per_shard_by_tenth=[round(each, 2) for each in ms],
-        last_tenth_over_first=round(ms[-1] / ms[0], 3),
+        plan_s=planned_s,
+        write_s=ends[-1] - ends[0],
+        ms_per_shard=1000 * (ends[-1] - ends[0]) / shards,
+        ms_per_shard_by_tenth=ms,
+        last_tenth_over_first=ms[-1] / ms[0],
     )
+    measured = _in_process("drive", url, shards, samples)
+    shutil.rmtree(url)
+    return measured
 
 
-# ------------------------------------------------------------------------------------------------ processes
+def _emit_drivers(what: str, small: Measured, large: Measured) -> None:
+    pairs = {
+        name: [getattr(small, name), getattr(large, name)]
+        for name in ("shards", "samples", "pending_s", "finish_s", "plan_bytes", "imported_mb", "peak_mb")
+    }
+    emit(f"driver, {what}", **pairs, peak_ratio=large.peak_mb / small.peak_mb)
 
 
-def _in_process(*arguments: str) -> Measured:
-    """What `benchmarks._scale_process` says of itself."""
-    command = [sys.executable, "-m", "benchmarks._scale_process", *arguments]
-    answer = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    return Measured(**json.loads(answer.stdout.splitlines()[-1]))
-
-
-def _print_drivers(what: str, one: Measured, other: Measured) -> None:
-    _print(
-        case=f"driver, {what}",
-        shards=[one.shards, other.shards],
-        samples=[one.samples, other.samples],
-        pending_s=[one.pending_s, other.pending_s],
-        finish_s=[one.finish_s, other.finish_s],
-        plan_bytes=[one.plan_bytes, other.plan_bytes],
-        imported_mb=[one.imported_mb, other.imported_mb],
-        peak_mb=[one.peak_mb, other.peak_mb],
-        peak_ratio=round(other.peak_mb / one.peak_mb, 3),
-    )
-
-
-def _print_open(url: str, shards: int) -> None:
-    opened = _in_process("open", url)
-    _print(
-        case="open a manifest",
-        shards=shards,
-        samples=shards * SAMPLES_PER_SHARD,
-        table_mb=round(os.path.getsize(_table(url)) / 1e6, 1),
-        open_s=opened.open_s,
-        imported_mb=opened.imported_mb,
-        peak_mb=opened.peak_mb,
-    )
-
-
-# ------------------------------------------------------------------------------------------------ manifest
-
-
-def _write_manifest(url: str, shards: int) -> None:
-    """A manifest of shards that do not exist, with names and hashes as random as real ones."""
+def _write_manifest(url: str, shards: int) -> int:
+    """A manifest of shards that do not exist, with names and hashes as random as real ones; the table's bytes."""
     rng = np.random.default_rng(0)
     writer = TableWriter()
     for number in range(shards):
@@ -221,23 +219,7 @@ def _write_manifest(url: str, shards: int) -> None:
     )
     storage.put(storage.join(url, manifest.table.path), table)
     storage.put(storage.join(url, MANIFEST), manifest.to_bytes())
-
-
-def _table(url: str) -> str:
-    [name] = [name for name in os.listdir(url) if name.endswith(".parquet")]
-    return os.path.join(url, name)
-
-
-# ------------------------------------------------------------------------------------------------ inside
-
-
-@contextmanager
-def _folder(root: str | None) -> Iterator[str]:
-    """A new folder below `root`, removed afterwards."""
-    if root is not None:
-        os.makedirs(root, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="scale-", dir=root) as folder:
-        yield folder
+    return len(table)
 
 
 def _file_system(path: str) -> str:
@@ -249,8 +231,76 @@ def _file_system(path: str) -> str:
     return kinds[path]
 
 
-def _print(**figures: object) -> None:
-    print(json.dumps(figures), flush=True)
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def _in_process(function: str, *arguments: object) -> Measured:
+    """`drive` or `open_manifest` of this module in a new process."""
+    script = "import sys; from benchmarks import scale; scale.measure(*sys.argv[1:])"
+    command = [sys.executable, "-c", script, function, *map(str, arguments)]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    return Measured(**json.loads(answer.stdout.splitlines()[-1]))
+
+
+def measure(function: str, *arguments: str) -> None:
+    """Print what a function took, as one line of JSON."""
+    match function, arguments:
+        case "drive", (url, shards, samples):
+            measured = drive(url, int(shards), int(samples))
+        case "open_manifest", (url,):
+            measured = open_manifest(url)
+        case _:
+            raise ValueError(f"nothing to measure is named {function}")
+    print(json.dumps(dataclasses.asdict(measured)))
+
+
+def drive(url: str, shards: int, samples: int) -> Measured:
+    """The driver of a pass: plan, look for what is missing, finish."""
+    imported_mb = _peak_mb()
+    plan = start(url, scale_plan(shards, samples))
+    began = time.perf_counter()
+    todo = unfinished(url, plan)
+    pending_s = time.perf_counter() - began
+    if len(todo):
+        raise RuntimeError(f"{len(todo)} shards of {url} are missing")
+    began = time.perf_counter()
+    manifest = finish(url, plan, decode_crop)
+    return Measured(
+        shards=shards,
+        samples=manifest.samples_written,
+        imported_mb=imported_mb,
+        peak_mb=_peak_mb(),
+        plan_bytes=len(storage.read(storage.join(url, PLAN))),
+        pending_s=pending_s,
+        finish_s=time.perf_counter() - began,
+    )
+
+
+def open_manifest(url: str) -> Measured:
+    """A reader's start: open, sizes of all shards, one shard's place and hashes."""
+    imported_mb = _peak_mb()
+    began = time.perf_counter()
+    dataset = open_dataset(url)
+    samples = int(dataset.shard_sizes().sum())
+    dataset.shard(0, dataset.num_shards // 2)
+    open_s = time.perf_counter() - began
+    return Measured(
+        shards=dataset.num_shards,
+        samples=samples,
+        imported_mb=imported_mb,
+        peak_mb=_peak_mb(),
+        open_s=open_s,
+    )
+
+
+def _peak_mb() -> float:
+    """Largest resident set of this process so far, in MB (Linux).
+
+    Not `getrusage`: what it says a child inherits from its parent.
+    """
+    with open("/proc/self/status") as status:
+        [line] = [line for line in status if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 if __name__ == "__main__":
