@@ -1,4 +1,4 @@
-"""A token dataset of random crops and codes for the benchmarks of reading, and decoding alone as a yardstick."""
+"""A token dataset of random crops and codes to read in benchmarks, and decoding alone as a yardstick."""
 
 from __future__ import annotations
 

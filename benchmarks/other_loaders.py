@@ -11,10 +11,10 @@ The two are no dependencies of the project. From the root of a checkout, in an e
 One line of JSON per number of workers; the first describes the machine. The loops take turns, `rounds` times,
 and medians count. All shuffle, decode with `decode_crop` and give batches of uint8 pixels [B, S, S, 3] and
 uint16 codes [B, N]; `decode_only` decodes the crops from memory, with as many threads as the reader has
-workers. The others decode in their worker processes, each batch into memory that the consumer shares: one copy
-less than torch's `default_collate` makes. Their samples are stored as bytes and an array, uncompressed, about
-as many to a file as in a shard; their other settings are the defaults. Rounds are epochs of one loader, whose
-workers stay. The first epoch is not timed: it fills caches, and its samples are compared with what was
+workers. The others decode in their worker processes, each batch into memory that the consumer shares: one
+copy less than torch's `default_collate` makes. Their samples are stored as bytes and an array, uncompressed,
+about as many to a file as in a shard; their other settings are the defaults. Rounds are epochs of one loader,
+whose workers stay. The first epoch is not timed: it fills caches, and its samples are compared with what was
 written. Leave the machine idle meanwhile.
 """
 

@@ -12,6 +12,7 @@ is cropped while the last one's is encoded; here it is waited for.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -123,7 +124,7 @@ def _save_random_tokenizer(config: BenchmarkConfig, url: str) -> None:
     torch.manual_seed(0)
     model_config = VQKDConfig(encoder=config.encoder, decoder_depth=1, kmeans_init=False)
     teacher = build_teacher(TeacherConfig(), model_config.image_size, model_config.patch_size)
-    unmeasured = dict.fromkeys(("reconstruction_loss", "codebook_usage", "perplexity"), float("nan"))
+    unmeasured = {name: math.nan for name in ("reconstruction_loss", "codebook_usage", "perplexity")}
     save_tokenizer(url, VQKD(model_config, teacher.dim), teacher=teacher, metrics=unmeasured, inputs={})
 
 

@@ -46,7 +46,7 @@ from benchmarks.crops import GRID, CropsConfig, decode_only, encoded_crops, writ
 from benchmarks.timing import emit, machine, median_ratio, medians, take_turns
 from pipeline import storage
 from pipeline.config import run_job
-from shards.dataset.dataset import Dataset, open_dataset
+from shards.dataset.dataset import open_dataset
 from shards.pixels.crops import StoredCrops
 from shards.reader.disk_cache import CacheConfig
 from shards.reader.figures import ReaderFigures
@@ -58,8 +58,8 @@ WARM_BATCHES = 4
 """After so many the memory of batches is there, which a run touches for the first time only once."""
 TOKENS, MANY_SHARDS = "tokens", "many_shards"
 PACED = ((1.0, None), (0.5, None), (0.5, 16))
-"""Part of all shards that the cache has room for, and lanes; None takes as many as fit. With half of the shards
-there is room for twice 16 lanes: shards of the next epoch come before it begins."""
+"""Part of all shards that the cache has room for, and lanes; None takes as many as fit. With half of the
+shards there is room for twice 16 lanes: shards of the next epoch come before it begins."""
 
 
 @dataclass(frozen=True, kw_only=True)

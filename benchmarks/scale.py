@@ -57,7 +57,7 @@ class ScaleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Time and memory of a process. Memory is the largest resident set so far, in MB, after imports and in all."""
+    """Time and memory of a process: the largest resident set, in MB, after its imports and in all."""
 
     shards: int
     samples: int
@@ -140,7 +140,7 @@ class _Writer:
 
 
 def _write_and_drive(url: str, shards: int, samples: int) -> Measured:
-    """Write all shards in this process, two at a time like any worker; then what the driver's process takes."""
+    """Write all shards in this process, two at a time like any worker; then measure the driver's process."""
     began = time.perf_counter()
     plan = start(url, scale_plan(shards, samples))
     todo = unfinished(url, plan)
@@ -174,7 +174,7 @@ def _emit_drivers(what: str, small: Measured, large: Measured) -> None:
 
 
 def _write_manifest(url: str, shards: int) -> int:
-    """A manifest of shards that do not exist, with names and hashes as random as real ones; the table's bytes."""
+    """A manifest of shards that do not exist, names and hashes as random as real ones; its table's bytes."""
     rng = np.random.default_rng(0)
     writer = TableWriter()
     for number in range(shards):
