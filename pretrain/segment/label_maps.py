@@ -22,10 +22,10 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.artifacts import fingerprint, sha256_hex
+from pipeline.draws import permute
 from pipeline.errors import InputError
 from pipeline.training.metrics import Progress
 from shards.pixels.decode import FORMATS, DecodeConfig, Rejected, decode_image
-from shards.reader.order import permute
 
 IGNORED = -1
 """The class of pixels that count nowhere."""

@@ -1,8 +1,8 @@
 """The order of samples, version 1: a pure function of (shard sizes, seed, epoch, lanes, windows, position).
 
 Nothing is stored but the sizes, so an epoch of a billion samples starts anywhere in milliseconds and resuming
-needs one number. The random words are those of NumPy's Philox 4x64-10 under key (seed, epoch) and counter
-(0, stream, i, 0): stream 0 orders the shards, stream 1 the samples inside window i, stream 2 the views.
+needs one number. Permutations are those of `pipeline.draws`: stream 0 orders the shards, stream 1 the samples
+inside window i, stream 2 the views.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from pipeline.draws import permute
 
 ORDER_VERSION = 1
 DEFAULT_LANES = 64
@@ -24,23 +26,6 @@ _PLANNED_AT_ONCE = 1 << 12
 _SHARD_STREAM = 0
 _WINDOW_STREAM = 1
 _VIEW_STREAM = 2
-
-
-def permute(m: int, seed: int, epoch: int, stream: int, i: int) -> np.ndarray:
-    """A permutation of range(m), int64 [m]: the argsort of m raw Philox words that carry their index.
-
-    The index replaces the lowest bits that can hold m - 1, so no two words are equal and every sort gives
-    the same answer.
-    """
-    key = np.array([seed, epoch], dtype=np.uint64)
-    counter = np.array([0, stream, i, 0], dtype=np.uint64)
-    words = np.random.Philox(key=key, counter=counter).random_raw(m)
-    index_mask = np.uint64((1 << max(m - 1, 0).bit_length()) - 1)
-    words &= ~index_mask
-    words |= np.arange(m, dtype=np.uint64)
-    words.sort()
-    words &= index_mask
-    return words.view(np.int64)
 
 
 def view_of_epoch(num_views: int, seed: int, epoch: int) -> int:

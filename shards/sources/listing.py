@@ -21,12 +21,12 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.cluster.config import ClusterConfig
 from pipeline.cluster.items import map_items
+from pipeline.draws import permute
 from pipeline.errors import InputError
 from pipeline.storage import FileStat
 from pipeline.training.metrics import Progress
 from shards.format.records import as_text
 from shards.pixels.decode import Rejected
-from shards.reader.order import permute
 from shards.sources import parquet as source_parquet
 from shards.sources import tars as source_tars
 from shards.sources.table import SCHEMA, Source, SourceKind, Sources, table_of, with_labels
@@ -34,7 +34,7 @@ from shards.sources.tars import IMAGE_EXTENSIONS, ListedFile
 
 LabelRule = Literal["folder", "top_folder", "none"]
 
-_PERMUTATION_STREAM = 3  # of shards.order.permute; 0 to 2 belong to the reader
+_PERMUTATION_STREAM = 3  # 0 to 2 belong to the reader
 _LISTED_IN_PROCESS = 4
 _SIDE_FILES = (".json", ".txt", ".md", ".idx", ".index", ".crc", ".sha256", "_SUCCESS", "_metadata")
 
@@ -273,7 +273,7 @@ def _is_sorted_by_label(table: pa.Table) -> bool:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def read_images(
+def read_sources(
     sources: Sequence[Source], *, image_column: str, max_file_bytes: int, pool: Executor
 ) -> Iterator[bytes | Rejected]:
     """The encoded image of each source, in order, or why there is none; read ahead by `pool`.
@@ -318,7 +318,7 @@ def _payloads(sources: list[Source], image_column: str, pool: Executor) -> Itera
         if rows[0].offset >= 0:
             yield from source_tars.read_members(rows)
         else:
-            yield from source_parquet.read_images(rows, image_column)
+            yield from source_parquet.read_column(rows, image_column)
 
 
 def _read_file(source: Source) -> bytes | Rejected:

@@ -85,13 +85,13 @@ def list_parquet(url: str, version: str, image_column: str, label_column: str | 
     return ListedFile(rows=rows, labels=labels, class_names=names)
 
 
-def read_images(sources: Sequence[Source], image_column: str) -> Iterator[bytes]:
+def read_column(sources: Sequence[Source], image_column: str) -> Iterator[bytes]:
     """The images of rows of one file, in ascending order of rows; InputError where they are not there."""
     if not sources:
         return
     url = sources[0].url
     try:
-        yield from _read_images(sources, image_column)
+        yield from _read_column(sources, image_column)
     except _DAMAGE as error:
         raise InputError(
             f"{url} can be read no more as when it was listed ({_message_of(error, url)}); bring the old one "
@@ -99,7 +99,7 @@ def read_images(sources: Sequence[Source], image_column: str) -> Iterator[bytes]
         ) from None
 
 
-def _read_images(sources: Sequence[Source], image_column: str) -> Iterator[bytes]:
+def _read_column(sources: Sequence[Source], image_column: str) -> Iterator[bytes]:
     wanted = iter(sources)
     source = next(wanted, None)
     url = sources[0].url

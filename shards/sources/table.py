@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.artifacts import sha256_hex
+from pipeline.draws import SPLITMIX_STEP, splitmix
 from pipeline.errors import InputError
 from shards.format.records import as_text
 
@@ -110,13 +111,13 @@ class Sources:
 def freeze(url: str, sources: Sources) -> Sources:
     """Create the listing at `url`, unless there is one: whichever stands is returned."""
     storage.create(url, sources.to_bytes())
-    standing = read_sources(url)
+    standing = load_sources(url)
     if standing is None:
         raise FileNotFoundError(f"{url} was there a moment ago and is gone")
     return standing
 
 
-def read_sources(url: str) -> Sources | None:
+def load_sources(url: str) -> Sources | None:
     """The frozen listing at `url`, or None where there is none."""
     try:
         data = storage.read(url)
@@ -141,7 +142,7 @@ def read_sources(url: str) -> Sources | None:
         raise InputError(f"{url} is not a listing of sources ({error}); choose another output") from None
 
 
-def read_rows(url: str, first_id: int, end_id: int) -> list[Source]:
+def load_rows(url: str, first_id: int, end_id: int) -> list[Source]:
     """The sources [first_id, end_id) of a frozen listing, reading only the row groups that hold them."""
     with storage.open_file(url) as file:
         parquet = pq.ParquetFile(file)
@@ -198,11 +199,8 @@ def split_by_content(sources: Sources, val_fraction: float, seed: int) -> tuple[
     known = ~np.array(hashes.is_null())
     if known.any():
         digests = np.frombuffer(b"".join(hashes.drop_null().to_pylist()), "<u8").reshape(-1, 4)
-        # One round of a 64-bit mixer over hash and seed: other seeds give other splits.
-        mixed = digests[:, 0] ^ np.uint64(seed * 0x9E3779B97F4A7C15 & (1 << 64) - 1)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        words[known] = mixed ^ (mixed >> np.uint64(31))
+        # The seed is mixed in: other seeds give other splits.
+        words[known] = splitmix(digests[:, 0] ^ np.uint64(seed * SPLITMIX_STEP & (1 << 64) - 1))
     in_val = known & (words.astype(np.float64) < val_fraction * 2.0**64)
     parts: list[Sources] = []
     for part, rows in (("train", ~in_val), ("val", in_val)):

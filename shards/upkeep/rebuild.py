@@ -25,8 +25,8 @@ from shards.format.records import RejectedSample, StoredSample, sample_key
 from shards.format.tar import iter_members
 from shards.pixels.decode import Rejected, decode, decode_config_of, decode_image
 from shards.pixels.views import CropBox, Jitter, View, decode_crop, encode_crop, render, view_at
-from shards.sources.listing import read_images as read_source_images
-from shards.sources.table import SOURCES, Source, read_rows
+from shards.sources.listing import read_sources
+from shards.sources.table import SOURCES, Source, load_rows
 from shards.upkeep.check import decode_settings, view_policy
 from shards.upkeep.recover import ObjectKind, OpenedPart, read_or_none
 from shards.writer.layers import build_layer_shard
@@ -215,12 +215,12 @@ class ImageShard:
             return []
         if self._sources_url is None:
             raise CannotRebuildError(f"{SOURCES}, which says where the images came from, is lost")
-        rows = read_rows(self._sources_url, self._shard.first_id, self._shard.end_id)
+        rows = load_rows(self._sources_url, self._shard.first_id, self._shard.end_id)
         return [rows[sample_id - self._shard.first_id] for sample_id in ids]
 
     def _read(self, sources: Sequence[Source]) -> Iterator[bytes | Rejected]:
         with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="read") as pool:
-            yield from read_source_images(
+            yield from read_sources(
                 sources,
                 image_column=str(self._part.manifest.recipe.get("image_column", "image")),
                 max_file_bytes=self._decode.max_file_bytes,

@@ -24,7 +24,7 @@ from shards.dataset.rows import read_shard_rejects
 from shards.format.build import BuildError, BuiltShard
 from shards.format.manifest import ShardInfo
 from shards.sources.listing import SourceConfig, list_sources
-from shards.sources.table import SOURCES, read_sources, split_by_content
+from shards.sources.table import SOURCES, load_sources, split_by_content
 from shards.upkeep.check import reasons_of
 from shards.upkeep.gc import strangers
 from shards.upkeep.rebuild import (
@@ -256,7 +256,7 @@ class _PartRepair:
             data = replace(listed, origin=details).to_bytes()
         else:
             above = storage.join(self._part.url.rpartition("/")[0], SOURCES)
-            whole = read_sources(above)
+            whole = load_sources(above)
             if whole is None:
                 raise CannotRebuildError(f"{above}, of which it is a part, is missing too")
             train, val = split_by_content(whole, details["val_fraction"], details["seed"])

@@ -28,14 +28,14 @@ from shards.format.manifest import MANIFEST, Manifest, read_manifest
 from shards.format.plan import Item, Plan
 from shards.format.records import RejectedSample, StoredSample
 from shards.pixels.decode import DecodeConfig, Rejected, decode, decode_image, decode_recipe
-from shards.sources.listing import LabelRule, SourceConfig, list_sources, read_images
+from shards.sources.listing import LabelRule, SourceConfig, list_sources, read_sources
 from shards.sources.table import (
     SOURCES,
     Source,
     Sources,
     freeze,
-    read_rows,
-    read_sources,
+    load_rows,
+    load_sources,
     rows_of,
     split_by_content,
     with_hashes,
@@ -152,7 +152,7 @@ def _frozen_sources(config: PrepareConfig, output: str) -> Sources:
     """
     url = storage.join(output, SOURCES)
     origin = {**config.sources.origin, "val_fraction": config.val_fraction}
-    sources = read_sources(url)
+    sources = load_sources(url)
     if sources is None:
         stranger = next(storage.list_files(output), None)
         if stranger is not None and not storage.exists(url):
@@ -223,7 +223,7 @@ class _Hasher:
 def _images(
     rows: list[Source], config: PrepareConfig, pool: ThreadPoolExecutor
 ) -> Iterator[bytes | Rejected]:
-    return read_images(
+    return read_sources(
         rows, image_column=config.image_column, max_file_bytes=config.decode.max_file_bytes, pool=pool
     )
 
@@ -332,7 +332,7 @@ class Preparer:
 
     def __call__(self, work: Work) -> tuple[int, int]:
         part, item = self._parts[work.part], work.item
-        rows = read_rows(storage.join(part.root, SOURCES), item.first_id, item.end_id)
+        rows = load_rows(storage.join(part.root, SOURCES), item.first_id, item.end_id)
         images = _images(rows, self._config, self._pool)
         samples: list[StoredSample] = []
         rejects: list[RejectedSample] = []

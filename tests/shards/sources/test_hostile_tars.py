@@ -29,7 +29,7 @@ from shards.dataset.dataset import Dataset, open_dataset
 from shards.dataset.images import read_images as read_stored
 from shards.format.tar import BLOCK
 from shards.pixels.decode import Rejected
-from shards.sources.listing import SourceConfig, list_sources, read_images
+from shards.sources.listing import SourceConfig, list_sources, read_sources
 from shards.sources.table import Sources, rows_of
 from shards.writer.prepare import PrepareConfig, prepare_images
 
@@ -77,7 +77,7 @@ def listed(url: object, **settings) -> Sources:
 def read(sources: Sources) -> list[bytes | str]:
     """Bytes, or the reason why there are none."""
     with ThreadPoolExecutor(2) as pool:
-        images = read_images(rows_of(sources.table), image_column="image", max_file_bytes=1 << 20, pool=pool)
+        images = read_sources(rows_of(sources.table), image_column="image", max_file_bytes=1 << 20, pool=pool)
         return [image.reason if isinstance(image, Rejected) else image for image in images]
 
 

@@ -20,13 +20,13 @@ from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from shards.pixels.decode import Rejected
 from shards.sources import parquet as source_parquet
-from shards.sources.listing import SourceConfig, list_sources, read_images
+from shards.sources.listing import SourceConfig, list_sources, read_sources
 from shards.sources.table import (
     Source,
     Sources,
     freeze,
-    read_rows,
-    read_sources,
+    load_rows,
+    load_sources,
     rows_of,
     split_by_content,
     with_hashes,
@@ -60,7 +60,7 @@ def listed(url: object, **settings) -> Sources:
 def read(sources: Sources, rows: list[Source] | None = None, limit: int = 1 << 20) -> list[bytes | str]:
     """Bytes, or the reason why there are none."""
     with ThreadPoolExecutor(4) as pool:
-        images = read_images(
+        images = read_sources(
             rows_of(sources.table) if rows is None else rows,
             image_column=sources.origin["image_column"],
             max_file_bytes=limit,
@@ -420,7 +420,7 @@ def test_frozen_listings_are_created_once_and_read_by_range(tmp_path):
         }
     )
     url = str(tmp_path / "sources.parquet")
-    assert read_sources(url) is None
+    assert load_sources(url) is None
     first = freeze(url, Sources(kind="folder", origin={"url": "/p"}, class_names=("a", "b"), table=rows))
     assert first.fingerprint and (first.kind, first.class_names) == ("folder", ("a", "b"))
     again = freeze(
@@ -429,10 +429,10 @@ def test_frozen_listings_are_created_once_and_read_by_range(tmp_path):
     assert again.table.equals(first.table) and again.origin == {"url": "/p"}
     assert again.fingerprint == first.fingerprint
     for start, end in [(0, 1), (8191, 8193), (5, 19_999), (19_999, 20_000), (16_384, 20_000)]:
-        assert [row.bytes for row in read_rows(url, start, end)] == list(range(start, end))
+        assert [row.bytes for row in load_rows(url, start, end)] == list(range(start, end))
     (tmp_path / "sources.parquet").write_bytes(b"something else")
     with pytest.raises(InputError, match="not a listing"):
-        read_sources(url)
+        load_sources(url)
 
 
 def test_the_split_depends_on_content_and_seed_alone(tmp_path):

@@ -25,7 +25,7 @@ from pipeline.errors import InputError
 from shards.dataset.dataset import Dataset, open_dataset
 from shards.dataset.rows import read_shard_index
 from shards.pixels.decode import DecodeConfig, decode_config_of
-from shards.sources.table import Sources, read_sources
+from shards.sources.table import Sources, load_sources
 from shards.writer import commit
 from shards.writer.prepare import PrepareConfig, plan_ranges, prepare_images
 
@@ -119,7 +119,7 @@ def test_a_folder_becomes_a_dataset(tmp_path, capsys):
     assert rejects(dataset) == {f"{root}/zebra/text.jpg": "not_an_image", f"{root}/readme.md": "not_an_image"}
     accepted = {name: data for name, data in files.items() if data[:2] != b"no" and data[:2] != b"# "}
     assert stored(dataset) == {f"{root}/{name}": data for name, data in accepted.items()}
-    sources = read_sources(str(tmp_path / "out" / "sources.parquet"))
+    sources = load_sources(str(tmp_path / "out" / "sources.parquet"))
     assert sources is not None
     listing = sources.table.column("path").to_pylist()
     for row in rows(dataset):
@@ -265,7 +265,7 @@ def test_a_split_keeps_duplicates_together_and_loses_nothing(tmp_path):
         ]
         for row in rows(dataset):
             assert row["label"] == int(row["source"][len(str(root)) + 1])
-        sources = read_sources(f"{dataset.url}/sources.parquet")
+        sources = load_sources(f"{dataset.url}/sources.parquet")
         assert sources is not None and len(sources) == dataset.manifest.samples_in
     before = tree(tmp_path / "out")
     prepare(root, tmp_path / "out", val_fraction=0.25)
