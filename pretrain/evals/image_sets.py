@@ -13,16 +13,14 @@ from typing import Literal
 
 import numpy as np
 import timm.data
-import torch
 from timm.data.imagenet_info import ImageNetInfo
-from torch import Tensor
 
 from pipeline import storage
 from pipeline.artifacts import sha256_hex
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
-from pretrain.evals.features import UNLABELLED, read_labels
 from shards.dataset.dataset import open_dataset
+from shards.dataset.labels import UNLABELLED, read_labels
 from shards.format.manifest import MANIFEST
 from shards.sources.listing import SourceConfig, list_sources
 from shards.sources.table import Source, rows_of
@@ -82,7 +80,7 @@ class ImageSet:
     fingerprint: str
     """Of the dataset, or of the listing with sizes and versions."""
     class_names: tuple[str, ...] | None
-    labels: Tensor
+    labels: np.ndarray
     """int64 [N], -1 where there is none."""
     rejected: dict[str, int]
     """Files that could not be read, by reason; nothing is known of them before they are prepared."""
@@ -116,7 +114,7 @@ def look_at(name: str, url: str, cluster: ClusterConfig) -> ImageSet:
         is_shards=False,
         fingerprint=sha256_hex(sources.to_bytes()),
         class_names=sources.class_names,
-        labels=torch.from_numpy(np.asarray(labels, dtype=np.int64)),
+        labels=np.asarray(labels, dtype=np.int64),
         rejected={},
     )
 
@@ -193,7 +191,7 @@ def _check_benchmark(found: ImageSet, title: str, expected: Sequence[str], outpu
 def _seen(found: ImageSet) -> set[str]:
     """Names of the classes that have an image."""
     names = found.class_names or ()
-    return {names[int(label)] for label in found.labels.unique()}
+    return {names[int(label)] for label in np.unique(found.labels)}
 
 
 def _listed(names: Collection[str]) -> str:

@@ -1,4 +1,4 @@
-"""Confidence intervals of accuracies, and of the difference of two on the same images."""
+"""Confidence intervals of accuracies, and of the difference of two."""
 
 from __future__ import annotations
 
@@ -56,3 +56,25 @@ def compare(ours: Tensor, theirs: Tensor, *, of: str, over: str) -> Comparison:
         low=max(-1.0, centre - half),
         high=min(1.0, centre + half),
     )
+
+
+def difference_interval(
+    successes: int, trials: int, other_successes: int, other_trials: int
+) -> tuple[float, float]:
+    """95 % confidence interval of the first share minus the other, of independent images.
+
+    Newcombe 1998, method 10: the two Wilson intervals, combined.
+    """
+    share, other = successes / trials, other_successes / other_trials
+    low, high = wilson_interval(successes, trials)
+    other_low, other_high = wilson_interval(other_successes, other_trials)
+    difference = share - other
+    return (
+        difference - math.hypot(share - low, other_high - other),
+        difference + math.hypot(high - share, other - other_low),
+    )
+
+
+def percent(share: float) -> str:
+    """`12.3 %`."""
+    return f"{100 * share:.1f} %"

@@ -16,16 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _CHUNK_BYTES = 16 << 20
-"""Of float32 features that are looked at at once where no batch size is given."""
+"""Float32 features per chunk where no batch size is given."""
 _RESIDENT_BYTES = 8 << 30
 """Features up to this size move to the device as a whole, larger ones batch by batch."""
+
+Edge = Literal["highest", "lowest"] | None
+"""The end of a sweep at which a rate lies, beyond which nothing was tried; None in between."""
 
 # Shapes below: n images, D numbers an image, C classes, L learning rates, b images of a batch.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
-    """How classifiers are trained and which of them is chosen: fields of `ProbeConfig`, described there."""
+    """Settings of the classifiers' training and of the choice among them: fields of `ProbeConfig`."""
 
     lrs: tuple[float, ...]
     epochs: int
@@ -33,8 +36,8 @@ class Sweep:
     holdout: float
     seed: int
 
-    def edge(self, lr: float) -> Literal["highest", "lowest"] | None:
-        """The end of the sweep at which a rate lies, beyond which nothing was tried; None in between."""
+    def edge(self, lr: float) -> Edge:
+        """The end of this sweep at which a rate lies."""
         if len(set(self.lrs)) == 1:
             return None
         if lr == max(self.lrs):

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +31,6 @@ from pipeline.training.step import to_device
 from pretrain.evals.corruptions import CORRUPTIONS, SEVERITIES, Corruption, StrengthTable, default_table
 from pretrain.evals.image_sets import BENCHMARKS, ImageSet, Outputs, check_classes, look_at, prepare, wnids
 from pretrain.evals.intervals import compare, wilson_interval
-from pretrain.evals.probe import translate_labels
 from pretrain.evals.robustness_plot import Curve, Point, draw
 from pretrain.evals.robustness_result import (
     CLEAN,
@@ -43,6 +43,7 @@ from pretrain.evals.robustness_result import (
 from pretrain.finetune.train import TOP_K, default_center_fraction
 from pretrain.model.artifacts import classifier_config, load_classifier, read_classifier_header
 from shards.dataset.dataset import open_dataset
+from shards.dataset.labels import translate_labels
 from shards.pixels.crops import FreshCrops
 from shards.pixels.views import ViewPolicy
 from shards.reader.reader import Batches, ShardReader
@@ -333,7 +334,7 @@ def _answers(config: RobustnessConfig, found: ImageSet, outputs: Outputs) -> Ans
     if found.name in BENCHMARKS or not config.restrict_shifted:
         return None
     labels = translate_labels(found.labels, found.class_names, outputs.class_names)
-    answers = tuple(labels.unique().tolist())
+    answers = tuple(np.unique(labels).tolist())
     if len(answers) < 2:
         raise InputError(
             f"all images of {found.url} are of one class, and restrict_shifted lets no other compete; leave "
@@ -374,8 +375,8 @@ class _Evaluator:
         with ShardReader(dataset, crops, batches) as reader:
             progress = Progress(item.name, reader.num_samples, "images")
             for batch in reader.batches(0):
-                truth = translate_labels(
-                    torch.from_numpy(batch.labels), dataset.manifest.class_names, self._class_names
+                truth = torch.from_numpy(
+                    translate_labels(batch.labels, dataset.manifest.class_names, self._class_names)
                 )
                 with autocast(self._device, self._dtype):
                     logits = self._model(self._model.normalize(to_device(batch.pixels, self._device)))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -34,8 +35,6 @@ from pipeline.training.optim import (
 )
 from pipeline.training.step import require_finite, synchronized, to_device
 from pipeline.training.worker import Worker
-from pretrain.evals.features import UNLABELLED, read_labels
-from pretrain.evals.probe import translate_labels
 from pretrain.finetune.augment import AugmentConfig, MixedBatch, RandAugment, erase_each, mix_batch
 from pretrain.finetune.layer_decay import layerwise_groups, set_layerwise_lr
 from pretrain.finetune.start import (
@@ -52,6 +51,7 @@ from pretrain.model.backbone import BackboneSize
 from pretrain.model.classifier import Pooling
 from shards.dataset.corpus import SubsetConfig, open_corpus
 from shards.dataset.dataset import Dataset, open_dataset
+from shards.dataset.labels import UNLABELLED, read_labels, translate_labels
 from shards.pixels.crops import FreshCrops
 from shards.pixels.views import CENTER_FRACTION, ViewPolicy
 from shards.reader.reader import Batches, SampleBatch, ShardReader
@@ -384,11 +384,10 @@ def sum_scores(
     model = start.model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for batch in reader.batches(0):
-        truth = torch.from_numpy(batch.labels)
-        truth = translate_labels(truth, labels.val_class_names, labels.class_names).to(device)
+        truth = torch.from_numpy(translate_labels(batch.labels, labels.val_class_names, labels.class_names))
         images = to_device(batch.pixels, device)
         micro = config.micro_batch_size or max(1, len(truth))
-        for pixels, wanted in zip(images.split(micro), truth.split(micro), strict=True):
+        for pixels, wanted in zip(images.split(micro), truth.to(device).split(micro), strict=True):
             if not len(wanted):
                 continue  # a rank may have no part in the last batch
             with autocast(device, dtype):
@@ -433,7 +432,7 @@ def check_labels(train: Dataset, val: Dataset | None) -> Labels:
     return Labels(num_classes=num_classes, class_names=names, val_class_names=val_names)
 
 
-def _labels(dataset: Dataset) -> Tensor:
+def _labels(dataset: Dataset) -> np.ndarray:
     """A label int64 [N] for every image, of which there is at least one, or InputError."""
     found = read_labels(dataset)
     if not len(found):
@@ -446,7 +445,7 @@ def _labels(dataset: Dataset) -> Tensor:
     return found
 
 
-def _check_range(dataset: Dataset, labels: Tensor, num_classes: int) -> None:
+def _check_range(dataset: Dataset, labels: np.ndarray, num_classes: int) -> None:
     for label in (int(labels.min()), int(labels.max())):
         if not 0 <= label < num_classes:
             raise InputError(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -10,10 +9,10 @@ import torch
 
 from pipeline.config import parse
 from pipeline.errors import InputError
-from pretrain.evals.features import FeatureSet, read_labels
+from pretrain.evals.features import FeatureSet
 from pretrain.evals.knn import knn_predictions
 from pretrain.evals.linear import LabelledFeatures
-from pretrain.evals.probe import ProbeConfig, probe_features, probe_linear, run_probe, translate_labels
+from pretrain.evals.probe import ProbeConfig, probe_features, probe_linear, run_probe
 from shards.dataset.dataset import open_dataset
 
 CONFIGS = Path(__file__).resolve().parents[3] / "jobs" / "configs"
@@ -105,25 +104,6 @@ def test_knn_is_reported_for_every_k_of_every_normed_input():
     assert probe_features(train, val, settings(epochs=1, knn=()), aggregated=True).knn == ()
 
 
-def test_the_best_layer_is_chosen_without_looking_at_val():
-    """Val is made so that another layer is best there; the one of the held-out images is reported."""
-    layers = {"pretrained.layer1": 0.5, "pretrained.layer2": 1.5, "pretrained.layer3": 0.9}
-    plain = {"pretrained.cls": 1.0, "pretrained.mean_patch": 1.0}
-    train = features(600, 0, plain | layers)
-    val = features(300, 1, plain | layers | {"pretrained.layer2": 0.0, "pretrained.layer3": 3.0})
-    result = probe_features(train, val, settings(), aggregated=True)
-    assert [score.layer for score in result.layers] == [1, 2, 3]
-    assert max(result.layers, key=lambda one: one.top1).layer == 3
-    assert result.best_layer == 2
-    assert {score.input for score in result.scores} == {"cls", "mean_patch"}
-    assert {one.input for one in result.knn} == {"cls", "mean_patch"}
-    best = [line for line in result.table().splitlines() if "best on the held-out images" in line]
-    assert len(best) == 1 and "pretrained layer 2" in best[0]
-    assert [one["label"] for one in result.to_json()["layers"]] == [
-        f"pretrained layer {i}" for i in (1, 2, 3)
-    ]
-
-
 def test_a_rate_at_the_end_of_the_sweep_is_said_aloud():
     train, val = features(400, 0, {"pretrained.cls": 0.4}), features(300, 1, {"pretrained.cls": 0.4})
     low, inside, high = (
@@ -144,17 +124,6 @@ def test_classes_unknown_to_training_count_as_wrong():
     assert result.num_classes == 2
     share = (val.labels != 5).double().mean().item()
     assert share - 0.05 < result.scores[0].top1 <= share
-
-
-def test_labels_are_matched_by_class_name():
-    labels = torch.tensor([0, 1, 1, -1])
-    assert translate_labels(labels, ["ant", "cat"], ["ant", "bee", "cat"]).tolist() == [0, 2, 2, -1]
-    assert translate_labels(labels, ["ant", "bee"], ["ant", "bee"]).tolist() == labels.tolist()
-    assert translate_labels(labels, None, ["ant", "bee"]).tolist() == labels.tolist()
-    # A class without images may be unknown; one with images may not.
-    assert translate_labels(labels, ["ant", "bee", "dog"], ["bee", "ant"]).tolist() == [1, 0, 0, -1]
-    with pytest.raises(InputError, match="'dog'"):
-        translate_labels(labels, ["ant", "dog"], ["ant", "bee"])
 
 
 @pytest.mark.parametrize(
@@ -183,8 +152,6 @@ def test_probe_from_shards_to_artifact(tmp_path, write_images, backbone_url, cap
     names = ["blue", "green", "red"]
     train = write_images("train", cycle(48, 0, 1, 2, None), names)
     val = write_images("val", cycle(24, 2, 1, 0), names)
-    assert read_labels(open_dataset(val)).tolist() == cycle(24, 2, 1, 0)
-    assert read_labels(open_dataset(train)).tolist() == cycle(48, 0, 1, 2, -1)
     config = settings(
         backbone=backbone_url, train=train, val=val, output=str(tmp_path / "out"), images_per_batch=7
     )
@@ -196,8 +163,8 @@ def test_probe_from_shards_to_artifact(tmp_path, write_images, backbone_url, cap
     assert (result["num_classes"], result["num_train"], result["num_val"]) == (3, 36, 24)
     assert (result["scores"][0]["model"], result["scores"][0]["input"]) == ("pretrained", "cls")
     assert len(result["scores"]) == 5 and len(result["comparisons"]) == 2
-    assert result["layers"] == [] and len(result["knn"]) == 4 * 4
-    assert len(list((tmp_path / "out" / "features").glob("*/features.json"))) == 2 * 5
+    assert len(result["knn"]) == 4 * 4
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json", "probe.json"}
     pixels = next(score for score in result["scores"] if score["model"] == "pixels")
     assert pixels["top1"] == 1.0  # one colour per class
     assert header["table"] in printed and "pretrained [CLS] over pixels" in printed
@@ -211,29 +178,6 @@ def test_probe_from_shards_to_artifact(tmp_path, write_images, backbone_url, cap
             settings(backbone=backbone_url, train=train, val=val, output=str(tmp_path / "out"), epochs=3)
         )
     assert json.loads(json.dumps(run_probe(config).to_json())) == result
-
-
-def test_a_second_probe_runs_no_backbone(tmp_path, write_images, backbone_url, capsys):
-    places = {
-        "backbone": backbone_url,
-        "train": write_images("train", cycle(30, 0, 1, 2)),
-        "val": write_images("val", cycle(12, 0, 1, 2)),
-        "feature_cache": str(tmp_path / "cache"),
-    }
-    probe_linear(settings(**places, output=str(tmp_path / "first"), epochs=2))
-    assert "features of train: 30/30 images" in capsys.readouterr().out
-    again = settings(**places, output=str(tmp_path / "second"), epochs=2, lrs=(1e-3, 1e-2), knn=(3,))
-    probe_linear(again)
-    printed = capsys.readouterr().out
-    assert "features of train: 5 of 5 are in" in printed and "images/s" not in printed
-    kept = json.loads((tmp_path / "second" / "probe.json").read_text())["result"]
-    fresh = run_probe(dataclasses.replace(again, feature_cache=None))
-    assert json.loads(json.dumps(fresh.to_json())) == kept
-    # Layers beside what is kept.
-    capsys.readouterr()
-    layered = run_probe(dataclasses.replace(again, per_layer=True))
-    assert "features of train: 5 of 7 are in" in capsys.readouterr().out
-    assert [score.layer for score in layered.layers] == [1, 2]
 
 
 def test_baselines_can_be_left_out(write_images, backbone_url):
@@ -269,7 +213,6 @@ def test_without_usable_labels_it_is_skipped_or_refused(
     result = json.loads((out / "probe.json").read_text())["result"]
     assert said in result["skipped"]
     assert result["scores"] == []
-    assert run_probe(settings(**places)).skipped == result["skipped"]
 
 
 def test_inputs_that_do_not_fit_write_nothing(tmp_path, write_images, backbone_url):
@@ -289,6 +232,5 @@ def test_recipes_are_read():
     places = [f"--{name}=x" for name in ("backbone", "train", "val", "output")]
     quick = parse(ProbeConfig, [f"--config={CONFIGS}/quickstart/probe.yaml", *places])
     cifar = parse(ProbeConfig, [f"--config={CONFIGS}/cifar10/probe.yaml", *places])
-    assert quick.epochs == 50 and not quick.per_layer
-    assert cifar.per_layer and cifar.knn and cifar.subset.is_all
+    assert quick.epochs == 50 and quick.subset.is_all and cifar.knn == (10, 20, 100, 200)
     assert (cifar.epochs, cifar.batch_size, cifar.decode_threads) == (20, 1024, 1)
