@@ -17,6 +17,7 @@ from pipeline import storage
 from pipeline.errors import InputError
 from shards.dataset.dataset import Dataset
 from shards.format.build import build_shard
+from shards.format.manifest import TokenizerSpec
 from shards.format.plan import Plan
 from shards.format.records import StoredSample
 from shards.pixels.views import CropBox, decode_crop, encode_crop
@@ -50,14 +51,10 @@ class CropsConfig:
 def write_tokens(config: CropsConfig, root: str, num_samples: int) -> None:
     """Token shards of random crops with random codes; beyond `samples` of them they come again."""
     bounds = [*range(0, num_samples, config.samples_per_shard), num_samples]
-    spec = {
-        "fingerprint": "0" * 64,
-        "grid": list(GRID),
-        "codebook_size": CODEBOOK_SIZE,
-        "image_size": config.image_size,
-    }
-    header = {"tokenizer": spec, "class_names": None}
-    plan = Plan(kind="tokens", inputs={}, recipe={}, first_ids=tuple(bounds), views=1, header=header)
+    spec = TokenizerSpec(
+        fingerprint="0" * 64, grid=GRID, codebook_size=CODEBOOK_SIZE, image_size=config.image_size
+    )
+    plan = Plan(kind="tokens", inputs={}, first_ids=tuple(bounds), views=1, tokenizer=spec)
     photographs = list(_photographs(config))
     made: dict[int, StoredSample] = {}
     start(root, plan)

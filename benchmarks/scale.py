@@ -30,7 +30,16 @@ from pipeline.cluster.items import map_items
 from pipeline.config import run_job
 from shards.dataset.dataset import open_dataset
 from shards.format.build import build_shard
-from shards.format.manifest import MANIFEST, Manifest, ShardInfo, TableName, TableWriter, shard_name
+from shards.format.manifest import (
+    MANIFEST,
+    Manifest,
+    Recipe,
+    ShardInfo,
+    TableName,
+    TableWriter,
+    TokenizerSpec,
+    shard_name,
+)
 from shards.format.plan import Item, Plan
 from shards.format.records import StoredSample
 from shards.pixels.views import CropBox, decode_crop, encode_crop
@@ -98,15 +107,15 @@ def main(config: ScaleConfig) -> None:
 
 def scale_plan(shards: int, samples: int) -> Plan:
     """The plan of a token dataset: `shards` ranges of `samples` ids, and a gap of one behind every third."""
-    tokenizer = {"fingerprint": "f" * 64, "grid": list(GRID), "codebook_size": CODEBOOK_SIZE, "code_dim": 32}
+    tokenizer = TokenizerSpec(fingerprint="f" * 64, grid=GRID, codebook_size=CODEBOOK_SIZE, image_size=224)
     return Plan(
         kind="tokens",
         inputs={"images": "a" * 64, "tokenizer": "f" * 64},
-        recipe={"views": {"seed": 0}},
+        recipe=Recipe(views={"seed": 0}),
         first_ids=tuple(number * samples + number // 3 for number in range(shards + 1)),
         samples=(samples,) * shards,
         views=1,
-        header={"class_names": None, "tokenizer": tokenizer},
+        tokenizer=tokenizer,
     )
 
 
@@ -212,7 +221,7 @@ def _write_manifest(url: str, shards: int) -> int:
         samples_written=shards * SAMPLES_PER_SHARD,
         samples_rejected={},
         class_names=None,
-        tokenizer=plan.header["tokenizer"],
+        tokenizer=plan.tokenizer,
         details={},
         probe=(),
         table=TableName(path=f"manifest-{sha256[:8]}.parquet", bytes=len(table), sha256=sha256),

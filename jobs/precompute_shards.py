@@ -29,7 +29,7 @@ def main(config: PrecomputeConfig) -> None:
     done = f"{manifest.samples_written:,} crops written, {rejected:,} rejected"
     if config.code_layer:
         assert manifest.tokenizer is not None
-        layer = manifest.tokenizer["fingerprint"][:8]
+        layer = manifest.require_tokenizer().fingerprint[:8]
         print(f"code layer {layer} at {config.output}: open it with --codes {layer}, or codes={layer!r}")
     elif config.extend:
         print(f"{views_in_words(manifest.first_view, manifest.num_views)} added at {config.output}: {done}")

@@ -105,8 +105,8 @@ def visualize_codebook(config: VisualizeConfig) -> None:
 def read_codebook(url: str, dataset: Dataset) -> np.ndarray:
     """The unit vectors [K, D] of a dataset's codes; InputError where they are those of another tokenizer."""
     artifact = read_tokenizer(url)
-    tokenizer = dataset.manifest.tokenizer or {}
-    if (given := tokenizer.get("artifact_fingerprint")) != artifact.fingerprint:
+    tokenizer = dataset.manifest.require_tokenizer()
+    if (given := tokenizer.artifact_fingerprint) != artifact.fingerprint:
         raise InputError(
             f"{dataset.url} has codes of tokenizer {str(given)[:8]}, but {url} is "
             f"{artifact.fingerprint[:8]}; give the tokenizer that the codes came from, or none"

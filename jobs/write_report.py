@@ -180,15 +180,14 @@ def _codebook_body(config: ReportConfig, found: Findings) -> str:
         return _not_shown(found.absent["shards"])
     tokens, count = found.tokens, min(config.sample_images, _smallest_view(found.tokens))
     crops, codes = _stored_crops(tokens, count)
-    tokenizer = tokens.manifest.tokenizer
-    assert tokenizer is not None
+    tokenizer = tokens.manifest.require_tokenizer()
     if tokens.manifest.samples_written <= COUNTED_SAMPLES:
         counts, where = count_codes(tokens), "all stored crops"
     else:
-        counts = np.bincount(codes.ravel(), minlength=tokenizer["codebook_size"])
+        counts = np.bincount(codes.ravel(), minlength=tokenizer.codebook_size)
         where = f"{count:,} stored crops"
     return usage_body(code_statistics(counts), counts, where) + _groups_body(
-        config, crops, codes, tokenizer["patch_size"]
+        config, crops, codes, tokenizer.patch_size
     )
 
 
@@ -268,7 +267,7 @@ def _predictions_body(config: ReportConfig, found: Findings) -> str:
         vqkd = load_vqkd(read_tokenizer(storage.absolute(config.tokenizer)))
         codebook = vqkd.quantize.codebook.numpy()
     if found.tokens is not None and found.tokens.manifest.tokenizer is not None:
-        size = found.tokens.manifest.tokenizer["codebook_size"]
+        size = found.tokens.manifest.tokenizer.codebook_size
     colors = pictures.code_colors(codebook, size if codebook is None else len(codebook))
     meaning = "Similar codes have similar colours." if codebook is not None else "Colours are arbitrary."
 
@@ -336,8 +335,7 @@ def _examples(config: ReportConfig, found: Findings) -> _Examples | None:
         )
     if found.tokens is not None:
         images, codes = _stored_crops(found.tokens, min(config.predictions, _smallest_view(found.tokens)))
-        assert found.tokens.manifest.tokenizer is not None
-        fingerprint = found.tokens.manifest.tokenizer["artifact_fingerprint"]
+        fingerprint = str(found.tokens.manifest.require_tokenizer().artifact_fingerprint)
         return _Examples(
             images=images, codes=codes, origin="stored crops of the training set", tokenizer=fingerprint
         )
@@ -413,7 +411,7 @@ def _provenance_body(config: ReportConfig, found: Findings) -> str:
             parts.append(report_page.details(f"{name}: header", f"<pre>{report_page.escape(text)}</pre>"))
     for name, dataset in {**found.images, "tokens": found.tokens}.items():
         if dataset is not None:
-            text = json.dumps(dataset.manifest.recipe, indent=2, sort_keys=True)
+            text = json.dumps(dataset.manifest.recipe.to_json(), indent=2, sort_keys=True)
             title = f"{name or 'images'}: recipe"
             parts.append(report_page.details(title, f"<pre>{report_page.escape(text)}</pre>"))
     return "".join(parts)

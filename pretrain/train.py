@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +38,7 @@ from pretrain.model.backbone import BackboneSize
 from pretrain.model.mim import MIM, MIMConfig, masked_patches, mim_figures, mim_loss
 from shards.dataset.corpus import SubsetConfig, open_corpus
 from shards.dataset.dataset import Dataset
+from shards.format.manifest import TokenizerSpec
 from shards.pixels.crops import FreshCrops, StoredCrops
 from shards.pixels.views import ViewPolicy
 from shards.reader.disk_cache import CacheConfig
@@ -144,8 +144,7 @@ class Source:
     """Where samples and codes come from, precomputed or online, and whose codes they are."""
 
     dataset: Dataset
-    tokenizer: dict[str, Any]
-    """The tokenizer's description: fingerprint, codebook_size, image_size, patch_size, grid, …"""
+    tokenizer: TokenizerSpec
     online: VisualTokenizer | None
     inputs: dict[str, str]
     """Fingerprints."""
@@ -153,8 +152,7 @@ class Source:
     @property
     def grid(self) -> tuple[int, int]:
         """Codes per column and row."""
-        rows, columns = self.tokenizer["grid"]
-        return rows, columns
+        return self.tokenizer.grid
 
 
 def open_source(config: PretrainConfig, device: torch.device | str = "cpu") -> Source:
@@ -163,9 +161,8 @@ def open_source(config: PretrainConfig, device: torch.device | str = "cpu") -> S
         dataset = open_corpus(
             config.shards, "tokens", views=config.stored_views, codes=config.codes, subset=config.subset
         )
-        tokenizer = dataset.manifest.tokenizer
-        assert tokenizer is not None
-        inputs = {"shards": dataset.fingerprint, "tokenizer": tokenizer["fingerprint"]}
+        tokenizer = dataset.manifest.require_tokenizer()
+        inputs = {"shards": dataset.fingerprint, "tokenizer": tokenizer.fingerprint}
         return Source(dataset=dataset, tokenizer=tokenizer, online=None, inputs=inputs)
     assert config.images is not None and config.tokenizer is not None
     dataset = open_corpus(config.images, "images", subset=config.subset)
@@ -308,7 +305,7 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
         save_backbone(
             output,
             model,
-            tokenizer=source.tokenizer,
+            tokenizer=source.tokenizer.to_json(),
             inputs=source.inputs,
             run={
                 "metrics": metrics,
@@ -349,17 +346,16 @@ def _batch(
 
 
 def _model(config: PretrainConfig, source: Source) -> MIM:
-    size = config.backbone.resolve(
-        image_size=source.tokenizer["image_size"], patch_size=source.tokenizer["patch_size"]
-    )
-    return MIM(size, config.mim, source.tokenizer["codebook_size"])
+    tokenizer = source.tokenizer
+    size = config.backbone.resolve(image_size=tokenizer.image_size, patch_size=tokenizer.patch_size)
+    return MIM(size, config.mim, tokenizer.codebook_size)
 
 
 def _reader(config: PretrainConfig, source: Source, worker: Worker) -> ShardReader:
     crops = StoredCrops()
     if source.online is not None:
         # Online crops pass through JPEG as stored ones do: both modes see the same pixels, bit for bit.
-        crops = FreshCrops(config.views.resolve(source.tokenizer["image_size"]), stored_pixels=True)
+        crops = FreshCrops(config.views.resolve(source.tokenizer.image_size), stored_pixels=True)
     batches = Batches(
         config.batch_size,
         seed=config.seed,

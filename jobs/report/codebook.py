@@ -52,7 +52,7 @@ RANGE = 2.0
 def codebook_page(dataset: Dataset, found: CodebookFindings) -> bytes:
     """One HTML file without anything outside it."""
     usage = usage_body(found.statistics, found.counts, "all stored crops")
-    tokenizer = dataset.manifest.tokenizer or {}
+    tokenizer = dataset.manifest.require_tokenizer().to_json()
     facts = [[key, str(value)] for key, value in sorted(tokenizer.items())]
     facts.append(["dataset", dataset.fingerprint])
     sections = [
@@ -261,10 +261,10 @@ def _title(dataset: Dataset) -> str:
 
 
 def _lead(dataset: Dataset, found: CodebookFindings) -> str:
-    tokenizer = dataset.manifest.tokenizer or {}
+    tokenizer = dataset.manifest.require_tokenizer()
     rows, columns = dataset.manifest.grid
     return (
-        f"{found.statistics.codebook_size:,} codes of tokenizer {tokenizer['fingerprint'][:8]} on {rows} x "
+        f"{found.statistics.codebook_size:,} codes of tokenizer {tokenizer.fingerprint[:8]} on {rows} x "
         f"{columns} patches of {dataset.manifest.samples_written:,} crops, dataset {dataset.fingerprint[:8]}"
     )
 

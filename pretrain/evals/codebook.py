@@ -301,7 +301,7 @@ def _placed(
 def sampled_likeness(dataset: Dataset, sample: CropSample, *, min_images: int) -> Likeness:
     """The likeness of a sample, still without pixels; InputError where no code is in `min_images` crops."""
     assert dataset.manifest.tokenizer is not None
-    patch_size = int(dataset.manifest.tokenizer["image_size"]) // dataset.manifest.grid[1]
+    patch_size = dataset.manifest.require_tokenizer().patch_size
     likeness = Likeness(sample.codes, codebook_size(dataset), patch_size)
     if len(likeness.eligible(min_patches=MIN_PATCHES, min_images=min_images)) == 0:
         raise InputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.artifacts import canonical_json, differences, fingerprint, sha256_hex
+from pipeline.artifacts import differences, fingerprint, sha256_hex
 from pipeline.config import URL
 from pipeline.errors import InputError
 from shards.dataset.dataset import Dataset, open_dataset
@@ -219,12 +218,12 @@ def _require_one_kind(datasets: Sequence[Dataset]) -> None:
             raise InputError(
                 f"{first.url} holds {first.kind}, {dataset.url} {dataset.kind}; read one kind at a time"
             )
-        ours, theirs = first.manifest.tokenizer or {}, dataset.manifest.tokenizer or {}
-        if ours.get("fingerprint") != theirs.get("fingerprint"):
+        ours, theirs = (opened.manifest.tokenizer_fingerprint for opened in (first, dataset))
+        if ours != theirs:
             raise InputError(
-                f"{first.url} has codes of tokenizer {ours.get('fingerprint')}, {dataset.url} of "
-                f"{theirs.get('fingerprint')}; codes of two tokenizers are never mixed: precompute one of "
-                "them again, or add a code layer and choose it by --codes"
+                f"{first.url} has codes of tokenizer {ours}, {dataset.url} of {theirs}; codes of two "
+                "tokenizers are never mixed: precompute one of them again, or add a code layer and choose it "
+                "by --codes"
             )
         other = differences(_compared(first.manifest), _compared(dataset.manifest))
         if other:
@@ -236,7 +235,7 @@ def _require_one_kind(datasets: Sequence[Dataset]) -> None:
 
 def _compared(manifest: Manifest) -> dict[str, Any]:
     """What of a recipe decides which pixels and codes a sample may have; not how many, nor how fast."""
-    recipe = json.loads(canonical_json(manifest.recipe))
+    recipe = manifest.recipe.to_json()
     recipe.pop("libraries", None)
     for name in ("views_per_image", "seed"):
         recipe.get("views", {}).pop(name, None)

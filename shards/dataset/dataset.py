@@ -236,8 +236,8 @@ class Dataset:
         shard = self._parts[part].shard(local, i)
         if not self._layers or (columns is not None and "codes" not in columns):
             return read_shard_index(shard, columns)
-        assert self.manifest.tokenizer is not None
-        schema = index_schema(self.manifest.grid, int(self.manifest.tokenizer["codebook_size"]))
+        tokenizer = self.manifest.require_tokenizer()
+        schema = index_schema(tokenizer.grid, tokenizer.codebook_size)
         wanted = schema.names if columns is None else list(columns)
         table = read_shard_index(shard, sorted({*wanted, "sample_id"} - {"codes"}))
         layer = self._layers[part].shard(local, i)
@@ -388,7 +388,7 @@ def _require_same(part: ShardTable, name: str, other: ShardTable, what: str) -> 
 
 
 def _tokenizer_of(table: ShardTable) -> str:
-    return str((table.manifest.tokenizer or {}).get("fingerprint"))
+    return str(table.manifest.tokenizer_fingerprint)
 
 
 def _fingerprint(parts: Sequence[ShardTable], layers: Sequence[ShardTable], num_views: int) -> str:

@@ -56,11 +56,9 @@ class Part:
     @property
     def tokenizer(self) -> str | None:
         """Fingerprint of the tokenizer whose codes it has; None for images and where nothing says."""
-        if self.manifest is not None:
-            described = self.manifest.tokenizer
-        else:
-            described = None if self.plan is None else self.plan.header.get("tokenizer")
-        return None if described is None else described["fingerprint"]
+        described = self.manifest or self.plan
+        tokenizer = None if described is None else described.tokenizer
+        return None if tokenizer is None else tokenizer.fingerprint
 
 
 def parts(root: str) -> list[Part]:

@@ -133,7 +133,7 @@ def codebook_size(dataset: Dataset) -> int:
     tokenizer = dataset.manifest.tokenizer
     if tokenizer is None:
         raise ValueError(f"{dataset.url} holds images, which have no codes")
-    return int(tokenizer["codebook_size"])
+    return tokenizer.codebook_size
 
 
 def add_codes(counts: np.ndarray, codes: np.ndarray, shard: ShardInfo) -> None:
@@ -207,8 +207,8 @@ def summarize(dataset: Dataset) -> DatasetSummary:
         format_version=manifest.format_version,
         fingerprint=dataset.fingerprint,
         inputs=manifest.inputs,
-        tokenizer=manifest.tokenizer,
-        recipe=manifest.recipe,
+        tokenizer=None if manifest.tokenizer is None else manifest.tokenizer.to_json(),
+        recipe=manifest.recipe.to_json(),
         views=dataset.num_views,
         shards_per_view=dataset.num_shards,
         samples=manifest.written_per_view,

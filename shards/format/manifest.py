@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -21,6 +21,7 @@ from shards.format.index import FORMAT_VERSION
 
 Kind = Literal["images", "tokens", "codes"]
 """What a manifest names: source images, crops with codes, or codes alone (a code layer)."""
+EncoderPrecision = Literal["fp32", "bf16", "fp16"]
 
 MANIFEST = "manifest.json"
 FINGERPRINT = "fingerprint"
@@ -179,6 +180,118 @@ class TableName:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerSpec:
+    """What a dataset records of the tokenizer that made its codes.
+
+    `fingerprint` is that of the codes: the artifact's, `artifact_fingerprint`, and the encoder's precision.
+    `grid` are rows and columns of codes, `image_size` is the side of a crop in pixels. `other` holds whatever
+    else was written, so that `to_json` gives the same bytes again.
+    """
+
+    fingerprint: str
+    codebook_size: int
+    image_size: int
+    grid: tuple[int, int]
+    artifact_fingerprint: str | None = None
+    precision: EncoderPrecision | None = None
+    other: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of the square of pixels that one code stands for."""
+        return self.image_size // self.grid[1]
+
+    def to_json(self) -> dict[str, Any]:
+        return _to_json(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> TokenizerSpec:
+        """KeyError or TypeError where a block lacks what every code needs."""
+        rows, columns = value["grid"]
+        return cls(**{**_arguments(cls, value), "grid": (int(rows), int(columns))})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodeRecipe:
+    """How a tokenizer ran: type of device, precision of the encoder, images at once, CPU threads."""
+
+    device: str
+    precision: EncoderPrecision
+    batch_size: int
+    threads: int
+    other: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return _to_json(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> EncodeRecipe:
+        return cls(**_arguments(cls, value))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Settings that decide the bytes of a dataset; those that its kind does not have are None.
+
+    Image datasets have `decode` (see `decode.decode_config_of`) and the Parquet column they were read from;
+    token datasets `views` (a `ViewPolicy`), `decode`, `encode` and the versions of the libraries that touch
+    pixels; code layers `encode` and `libraries`. `other` holds whatever else was written, so that `to_json`
+    gives the same bytes again.
+    """
+
+    decode: dict[str, Any] | None = None
+    image_column: str | None = None
+    views: dict[str, Any] | None = None
+    encode: EncodeRecipe | None = None
+    libraries: dict[str, str] | None = None
+    other: dict[str, Any] = field(default_factory=dict)
+
+    def require_decode(self) -> dict[str, Any]:
+        """`decode` of images, or of crops of images that were decoded so."""
+        if self.decode is None:
+            raise InputError("the recipe does not say how images were decoded; prepare them again")
+        return self.decode
+
+    def require_views(self) -> dict[str, Any]:
+        """`views` of crops."""
+        if self.views is None:
+            raise InputError("the recipe does not say how views were drawn; precompute tokens again")
+        return self.views
+
+    def require_encode(self) -> EncodeRecipe:
+        """`encode` of codes."""
+        if self.encode is None:
+            raise InputError("the recipe does not say how the tokenizer was run; precompute tokens again")
+        return self.encode
+
+    def to_json(self) -> dict[str, Any]:
+        encode = {} if self.encode is None else {"encode": self.encode.to_json()}
+        return {**_to_json(self), **encode}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Recipe:
+        arguments = _arguments(cls, value)
+        if "encode" in arguments:
+            arguments["encode"] = EncodeRecipe.from_json(arguments["encode"])
+        return cls(**arguments)
+
+
+def _arguments(kind: type[TokenizerSpec | EncodeRecipe | Recipe], value: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object as arguments of a record; what the record has no field for, and nulls, are `other`."""
+    names = {entry.name for entry in dataclasses.fields(kind)} - {"other"}
+    known = {key: entry for key, entry in value.items() if key in names and entry is not None}
+    return {**known, "other": {key: entry for key, entry in value.items() if key not in known}}
+
+
+def _to_json(record: TokenizerSpec | EncodeRecipe | Recipe) -> dict[str, Any]:
+    value = dataclasses.asdict(record)
+    other = value.pop("other")
+    return json.loads(
+        json.dumps({**other, **{key: entry for key, entry in value.items() if entry is not None}})
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """What a finished set of shards contains, and what produced it.
 
@@ -191,7 +304,7 @@ class Manifest:
     kind: Kind
     plan: str
     inputs: dict[str, str]
-    recipe: dict[str, Any]
+    recipe: Recipe
     first_view: int
     shards_per_view: int
     written_per_view: tuple[int, ...]
@@ -199,7 +312,7 @@ class Manifest:
     samples_written: int
     samples_rejected: dict[str, int]
     class_names: tuple[str, ...] | None
-    tokenizer: dict[str, Any] | None
+    tokenizer: TokenizerSpec | None
     details: dict[str, Any]
     probe: tuple[ProbeEntry, ...]
     table: TableName
@@ -215,15 +328,27 @@ class Manifest:
         return fingerprint(self.to_json())
 
     @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """Of the codes; None for images."""
+        return None if self.tokenizer is None else self.tokenizer.fingerprint
+
+    def require_tokenizer(self) -> TokenizerSpec:
+        """The tokenizer that made the codes; InputError for images, which have none."""
+        if self.tokenizer is None:
+            raise InputError("an image dataset has no codes; precompute tokens from it first")
+        return self.tokenizer
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the code grid."""
-        if self.tokenizer is None:
-            raise InputError("an image dataset has no code grid; precompute tokens from it first")
-        rows, columns = self.tokenizer["grid"]
-        return rows, columns
+        return self.require_tokenizer().grid
 
     def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
+        blocks = {
+            "recipe": self.recipe.to_json(),
+            "tokenizer": None if self.tokenizer is None else self.tokenizer.to_json(),
+        }
+        return json.loads(json.dumps({**dataclasses.asdict(self), **blocks}, allow_nan=False))
 
     def to_bytes(self) -> bytes:
         """The file: the header and, since nothing else vouches for it, its fingerprint."""
@@ -237,6 +362,10 @@ class Manifest:
                 **{key: entry for key, entry in value.items() if key != FINGERPRINT},
                 "written_per_view": tuple(value["written_per_view"]),
                 "class_names": None if value["class_names"] is None else tuple(value["class_names"]),
+                "recipe": Recipe.from_json(value["recipe"]),
+                "tokenizer": None
+                if value["tokenizer"] is None
+                else TokenizerSpec.from_json(value["tokenizer"]),
                 "probe": tuple(ProbeEntry(**entry) for entry in value["probe"]),
                 "table": TableName(**value["table"]),
             }

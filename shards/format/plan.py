@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.artifacts import canonical_json, fingerprint
 from shards.format.build import MAX_SHARD_SAMPLES
 from shards.format.index import FORMAT_VERSION
-from shards.format.manifest import Kind, shard_name
+from shards.format.manifest import Kind, Recipe, TokenizerSpec, shard_name
 from shards.format.records import MAX_SAMPLE_ID, MAX_VIEWS
 
 
@@ -41,15 +41,17 @@ class Plan:
     says how many samples must come out of each range, written or rejected; None means every id. (Token
     datasets plan with `Dataset.id_ranges` of their images, whose ids have gaps where images were rejected.)
     `inputs` are fingerprints by name, `recipe` whatever else decides the bytes; both are compared on a rerun
-    and copied into the manifest, as is `header`: class_names, tokenizer, and anything else worth saying.
+    and copied into the manifest, as are class names, tokenizer, and `details`: anything else worth saying.
     """
 
     kind: Kind
     inputs: dict[str, str]
-    recipe: dict[str, Any]
     first_ids: tuple[int, ...]
     views: int
-    header: dict[str, Any]
+    recipe: Recipe = field(default_factory=Recipe)
+    tokenizer: TokenizerSpec | None = None
+    class_names: tuple[str, ...] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
     samples: tuple[int, ...] | None = None
     first_view: int = 0
 
@@ -65,11 +67,14 @@ class Plan:
             raise ValueError(f"a range of {counts.max()} samples; a shard holds at most {MAX_SHARD_SAMPLES}")
         if self.views < 1 or self.first_view < 0 or self.first_view + self.views > MAX_VIEWS:
             raise ValueError(f"views must be within 0 to {MAX_VIEWS - 1}, and at least one")
-        tokenizer = self.header.get("tokenizer") or {}
-        if self.kind != "images" and not {"fingerprint", "grid", "codebook_size"} <= set(tokenizer):
-            raise ValueError(
-                f"the header of a {self.kind} plan needs tokenizer.fingerprint, .grid and .codebook_size"
-            )
+        if (self.kind == "images") != (self.tokenizer is None):
+            raise ValueError(f"a plan of {self.kind} {'has no' if self.tokenizer else 'needs a'} tokenizer")
+
+    def require_tokenizer(self) -> TokenizerSpec:
+        """The tokenizer that makes the codes of a plan of tokens or codes."""
+        if self.tokenizer is None:
+            raise ValueError("a plan of images has no tokenizer")
+        return self.tokenizer
 
     @property
     def num_ranges(self) -> int:
@@ -99,13 +104,14 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Ranges are stored as runs of equal sizes: uniform ones take no room, however many they are."""
+        tokenizer = {} if self.tokenizer is None else {"tokenizer": self.tokenizer.to_json()}
         sizes = np.diff(np.array(self.first_ids, np.int64)).tolist()
         return {
             "format_version": FORMAT_VERSION,
             "kind": self.kind,
             "inputs": self.inputs,
-            "recipe": self.recipe,
-            "header": self.header,
+            "recipe": self.recipe.to_json(),
+            "header": {"class_names": self.class_names, **tokenizer, **self.details},
             "first_view": self.first_view,
             "views": self.views,
             "first_id": self.first_ids[0],
@@ -124,12 +130,15 @@ class Plan:
                 f"plan of format version {value['format_version']}; this program writes {FORMAT_VERSION}"
             )
         sizes = _unrolled(value["range_ids"])
-        samples = value["range_samples"]
+        samples, details = value["range_samples"], dict(value["header"])
+        tokenizer, class_names = details.pop("tokenizer", None), details.pop("class_names", None)
         return cls(
             kind=value["kind"],
             inputs=value["inputs"],
-            recipe=value["recipe"],
-            header=value["header"],
+            recipe=Recipe.from_json(value["recipe"]),
+            tokenizer=None if tokenizer is None else TokenizerSpec.from_json(tokenizer),
+            class_names=None if class_names is None else tuple(class_names),
+            details=details,
             first_view=value["first_view"],
             views=value["views"],
             first_ids=tuple(itertools.accumulate(sizes, initial=value["first_id"])),

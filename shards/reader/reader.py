@@ -562,7 +562,7 @@ class _InlineExecutor(Executor):
 
 
 def _prepared_decode(dataset: Dataset) -> DecodeConfig:
-    recipe = dataset.manifest.recipe.get("decode")
+    recipe = dataset.manifest.recipe.decode
     return DecodeConfig() if dataset.kind == "tokens" or recipe is None else decode_config_of(recipe)
 
 
@@ -572,7 +572,4 @@ def _crop_size(dataset: Dataset, crops: Crops | None) -> int:
         return 0
     if isinstance(crops, FreshCrops):
         return crops.policy.side
-    tokenizer = dataset.manifest.tokenizer
-    if tokenizer is None or "image_size" not in tokenizer:
-        raise InputError(f"the manifest of {dataset.url} does not say how large its crops are; make it again")
-    return int(tokenizer["image_size"])
+    return dataset.manifest.require_tokenizer().image_size

@@ -151,7 +151,7 @@ class ShardChecker:
         self._probe = {(entry.view, entry.number, entry.row): entry for entry in manifest.probe}
         self._tokens = manifest.kind == "tokens"
         self._layer = manifest.kind == "codes"
-        self._codebook_size = int((manifest.tokenizer or {}).get("codebook_size", 0))
+        self._codebook_size = 0 if manifest.tokenizer is None else manifest.tokenizer.codebook_size
         grid = None if manifest.tokenizer is None else manifest.grid
         self._grid = grid
         if manifest.kind == "images" or grid is None:
@@ -161,7 +161,7 @@ class ShardChecker:
             self._schema = make(grid, self._codebook_size)
         self._decode = decode_settings(manifest)
         self._policy = view_policy(manifest)
-        self._side: int | None = (manifest.tokenizer or {}).get("image_size")
+        self._side = None if manifest.tokenizer is None else manifest.tokenizer.image_size
         self._jpeg: JpegHeader | None = None
         if self._policy is not None:
             any_crop = encode_crop(np.zeros((16, 16, 3), np.uint8), self._policy.jpeg_quality)
@@ -465,7 +465,7 @@ class ShardChecker:
 
 def view_policy(manifest: Manifest) -> ViewPolicy | None:
     """The policy that a token dataset's views were drawn by; None where its recipe names none."""
-    settings = manifest.recipe.get("views") if manifest.kind == "tokens" else None
+    settings = manifest.recipe.views if manifest.kind == "tokens" else None
     if not isinstance(settings, dict):
         return None
     pairs: dict[str, Any] = {
@@ -479,10 +479,10 @@ def view_policy(manifest: Manifest) -> ViewPolicy | None:
 
 def decode_settings(manifest: Manifest) -> DecodeConfig | None:
     """How the images of an image dataset were decoded; None for crops, and for another decode version."""
-    if manifest.kind != "images" or "decode" not in manifest.recipe:
+    if manifest.kind != "images" or manifest.recipe.decode is None:
         return None
     try:
-        return decode_config_of(manifest.recipe["decode"])
+        return decode_config_of(manifest.recipe.decode)
     except InputError:
         return None
 

@@ -20,7 +20,7 @@ from shards.dataset.images import ImageSample, read_crops, read_images
 from shards.dataset.rows import Decode, read_checked, read_shard_index, read_shard_rejects
 from shards.format.build import BuiltShard, ForeignTar, build_shard
 from shards.format.index import codes_of
-from shards.format.manifest import DamageError, Manifest, ShardInfo
+from shards.format.manifest import DamageError, Manifest, Recipe, ShardInfo
 from shards.format.records import RejectedSample, StoredSample, sample_key
 from shards.format.tar import iter_members
 from shards.pixels.decode import Rejected, decode, decode_config_of, decode_image
@@ -47,11 +47,11 @@ class CannotRebuildError(Exception):
     """Why something cannot be brought back, and what it would take."""
 
 
-def decoder_of(kind: str, recipe: dict) -> Decode:
+def decoder_of(kind: str, recipe: Recipe) -> Decode:
     """How the images of a kind of dataset become pixels."""
-    if kind != "images":
+    if kind != "images" or recipe.decode is None:
         return decode_crop
-    config = decode_config_of(recipe["decode"])
+    config = decode_config_of(recipe.decode)
     return lambda data: decode_image(data, config)
 
 
@@ -62,7 +62,7 @@ def _known_rejects(shard: ShardInfo) -> list[RejectedSample]:
 
 def _encode_of(manifest: Manifest, encoder: Encoder | None) -> Callable[[np.ndarray], np.ndarray]:
     """The tokenizer of a part, if it was given."""
-    named = (manifest.tokenizer or {}).get("fingerprint")
+    named = manifest.tokenizer_fingerprint
     if encoder is None:
         raise CannotRebuildError(f"its codes are lost; give their tokenizer, {named}, with --tokenizer")
     if encoder.fingerprint != named:
@@ -222,7 +222,7 @@ class ImageShard:
         with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="read") as pool:
             yield from read_sources(
                 sources,
-                image_column=str(self._part.manifest.recipe.get("image_column", "image")),
+                image_column=self._part.manifest.recipe.image_column or "image",
                 max_file_bytes=self._decode.max_file_bytes,
                 pool=pool,
             )
@@ -282,7 +282,7 @@ class TokenShard:
         else:
             rejects = _known_rejects(self._shard)
         manifest = self._part.manifest
-        codebook_size = int((manifest.tokenizer or {})["codebook_size"])
+        codebook_size = manifest.require_tokenizer().codebook_size
         return build_shard(samples, rejects, grid=manifest.grid, codebook_size=codebook_size)
 
     def _from_index(self, index: pa.Table) -> list[StoredSample]:
@@ -469,5 +469,5 @@ def rebuilt_layer(
         np.array([crop.sample_id for crop in stored], np.int64),
         _codes(encode, [crop.image for crop in stored]).reshape(len(stored), rows * columns),
         grid=manifest.grid,
-        codebook_size=int((manifest.tokenizer or {})["codebook_size"]),
+        codebook_size=manifest.require_tokenizer().codebook_size,
     )

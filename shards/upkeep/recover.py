@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -209,32 +209,24 @@ def plan_of(table: ShardTable) -> Plan | None:
         first_ids.append(shard.first_id)
         counts.append(shard.samples + shard.rejected)
         end_id = shard.end_id
-    described: dict[str, Any] = {
-        "class_names": None if manifest.class_names is None else list(manifest.class_names),
-        "tokenizer": manifest.tokenizer,
-    }
-    absent = [key for key, value in described.items() if value is None]
-    # A plan may leave out what a manifest says to be null, and the sizes where every id is a sample.
-    for length in range(len(absent) + 1):
-        for left_out, samples in itertools.product(
-            itertools.combinations(absent, length), (tuple(counts), None)
-        ):
-            header = {key: value for key, value in described.items() if key not in left_out}
-            try:
-                plan = Plan(
-                    kind=manifest.kind,
-                    inputs=manifest.inputs,
-                    recipe=manifest.recipe,
-                    first_ids=(*first_ids, end_id),
-                    views=manifest.num_views,
-                    header={**manifest.details, **header},
-                    samples=samples,
-                    first_view=manifest.first_view,
-                )
-            except ValueError:
-                continue
-            if plan.fingerprint == manifest.plan:
-                return plan
+    for samples in (tuple(counts), None):  # a plan leaves out the sizes where every id is a sample
+        try:
+            plan = Plan(
+                kind=manifest.kind,
+                inputs=manifest.inputs,
+                recipe=manifest.recipe,
+                first_ids=(*first_ids, end_id),
+                views=manifest.num_views,
+                tokenizer=manifest.tokenizer,
+                class_names=manifest.class_names,
+                details=manifest.details,
+                samples=samples,
+                first_view=manifest.first_view,
+            )
+        except ValueError:
+            continue
+        if plan.fingerprint == manifest.plan:
+            return plan
     return None
 
 

@@ -34,6 +34,7 @@ from shards.format.manifest import (
     MANIFEST,
     Manifest,
     ProbeEntry,
+    Recipe,
     ShardInfo,
     TableName,
     TableWriter,
@@ -311,8 +312,8 @@ def _check_belongs(plan: Plan, item: Item, built: BuiltShard) -> None:
         )
     if built.view not in (None, item.view):
         raise CommitError(f"{item.name}: the samples are of view {built.view}")
-    tokenizer = plan.header.get("tokenizer")
-    expected = None if tokenizer is None else (*tokenizer["grid"], tokenizer["codebook_size"])
+    tokenizer = plan.tokenizer
+    expected = None if tokenizer is None else (*tokenizer.grid, tokenizer.codebook_size)
     given = None if built.grid is None else (*built.grid, built.codebook_size)
     if given != expected:
         raise CommitError(
@@ -397,24 +398,20 @@ def probes(root: str, plan: Plan, summary: Summary, decode: Decode) -> list[Prob
 def manifest_of(plan: Plan, summary: Summary, probe: Sequence[ProbeEntry]) -> Manifest:
     """The manifest that follows from a plan and what its pass added up to."""
     table_sha256 = sha256_hex(summary.table)
-    described = {"inputs": plan.inputs, "recipe": plan.recipe, "header": plan.header}
-    described = json.loads(canonical_json(described))
-    header = described["header"]
-    class_names = header.get("class_names")
     return Manifest(
         kind=plan.kind,
         plan=plan.fingerprint,
-        inputs=described["inputs"],
-        recipe=described["recipe"],
+        inputs=plan.inputs,
+        recipe=Recipe.from_json(plan.recipe.to_json()),
         first_view=plan.first_view,
         shards_per_view=plan.num_ranges,
         written_per_view=tuple(summary.written_per_view),
         samples_in=summary.samples_in,
         samples_written=sum(summary.written_per_view),
         samples_rejected=summary.rejected,
-        class_names=None if class_names is None else tuple(class_names),
-        tokenizer=header.get("tokenizer"),
-        details=_without(header, ("class_names", "tokenizer")),
+        class_names=plan.class_names,
+        tokenizer=plan.tokenizer,
+        details=json.loads(canonical_json(plan.details)),
         probe=tuple(probe),
         table=TableName(
             path=f"manifest-{table_sha256[:8]}.parquet", bytes=len(summary.table), sha256=table_sha256

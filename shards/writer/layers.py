@@ -7,7 +7,6 @@ shard names by place, size and hash the tar whose pixels were tokenized.
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +26,7 @@ from shards.format.index import (
     read_index,
     write_table,
 )
-from shards.format.manifest import ShardInfo
+from shards.format.manifest import Recipe, ShardInfo, TokenizerSpec
 from shards.format.plan import Plan
 from shards.format.records import sample_key
 
@@ -49,22 +48,21 @@ def layer_schema(grid: tuple[int, int], codebook_size: int) -> pa.Schema:
     return pa.schema([tokens.field(name) for name in COLUMNS], metadata=metadata)
 
 
-def layer_plan(pixels: ShardTable, tokenizer: dict[str, Any], recipe: dict[str, Any]) -> Plan:
+def layer_plan(pixels: ShardTable, tokenizer: TokenizerSpec, recipe: Recipe) -> Plan:
     """The plan of a code layer for one part of a dataset: a shard of codes for every shard of its crops.
 
-    `tokenizer` is the block that the manifest records. What the pixels' pass rejected is not read again:
+    What the pixels' pass rejected is not read again:
     here only stored crops come in. Raises InputError where they do not fit the tokenizer.
     """
-    manifest = pixels.manifest
-    stored = manifest.tokenizer or {}
-    if tokenizer["fingerprint"] == stored.get("fingerprint"):
+    manifest, stored = pixels.manifest, pixels.manifest.require_tokenizer()
+    if tokenizer.fingerprint == stored.fingerprint:
         raise InputError(
-            f"{pixels.url} has the codes of tokenizer {tokenizer['fingerprint']} already; give another one"
+            f"{pixels.url} has the codes of tokenizer {tokenizer.fingerprint} already; give another one"
         )
-    if tokenizer.get("image_size") != stored.get("image_size"):
+    if tokenizer.image_size != stored.image_size:
         raise InputError(
-            f"the tokenizer reads {tokenizer.get('image_size')} pixels, the crops stored at {pixels.url} "
-            f"have {stored.get('image_size')}; give a tokenizer of their size, or precompute from the images"
+            f"the tokenizer reads {tokenizer.image_size} pixels, the crops stored at {pixels.url} "
+            f"have {stored.image_size}; give a tokenizer of their size, or precompute from the images"
         )
     first_ids, samples = pixels.id_ranges()
     for view in range(1, pixels.num_views):
@@ -72,13 +70,14 @@ def layer_plan(pixels: ShardTable, tokenizer: dict[str, Any], recipe: dict[str, 
             raise InputError(f"the views of {pixels.url} hold different samples; verify the dataset")
     return Plan(
         kind="codes",
-        inputs={"pixels": manifest.fingerprint, "tokenizer": tokenizer["fingerprint"]},
+        inputs={"pixels": manifest.fingerprint, "tokenizer": tokenizer.fingerprint},
         recipe=recipe,
         first_ids=first_ids,
         samples=samples,
         first_view=manifest.first_view,
         views=pixels.num_views,
-        header={"class_names": manifest.class_names, "tokenizer": tokenizer},
+        class_names=manifest.class_names,
+        tokenizer=tokenizer,
     )
 
 

@@ -24,7 +24,7 @@ from pipeline.config import ASIDE, PLACE, identity
 from pipeline.errors import InputError
 from pipeline.training.metrics import Progress
 from shards.format.build import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, ForeignTar, build_shard
-from shards.format.manifest import MANIFEST, Manifest, read_manifest
+from shards.format.manifest import MANIFEST, Manifest, Recipe, read_manifest
 from shards.format.plan import Item, Plan
 from shards.format.records import RejectedSample, StoredSample
 from shards.pixels.decode import DecodeConfig, Rejected, decode, decode_image, decode_recipe
@@ -271,13 +271,11 @@ def plan_dataset(config: PrepareConfig, sources: Sources) -> Plan:
     return Plan(
         kind="images",
         inputs={"sources": sources.fingerprint},
-        recipe={"decode": decode_recipe(config.decode), "image_column": config.image_column},
+        recipe=Recipe(decode=decode_recipe(config.decode), image_column=config.image_column),
         first_ids=plan_ranges(sources, config),
         views=1,
-        header={
-            "class_names": None if sources.class_names is None else list(sources.class_names),
-            "source": {"kind": sources.kind, **sources.origin},
-        },
+        class_names=sources.class_names,
+        details={"source": {"kind": sources.kind, **sources.origin}},
     )
 
 
@@ -291,7 +289,7 @@ class Part:
     @property
     def is_tars(self) -> bool:
         """True where the images stay in the source's tars."""
-        return self.plan.header["source"]["kind"] == "tars"
+        return self.plan.details["source"]["kind"] == "tars"
 
 
 @dataclass(frozen=True, kw_only=True)

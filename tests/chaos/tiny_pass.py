@@ -31,7 +31,7 @@ from pipeline.artifacts import sha256_hex
 from pipeline.cluster.config import ClusterConfig
 from pipeline.cluster.items import map_items
 from shards.format.build import build_shard
-from shards.format.manifest import Manifest
+from shards.format.manifest import Manifest, Recipe, TokenizerSpec
 from shards.format.plan import Item, Plan, items
 from shards.format.records import RejectedSample, StoredSample
 from shards.pixels.views import ViewPolicy, decode_crop, encode_crop, render, view_at
@@ -63,14 +63,15 @@ class TinyPass:
 
     @property
     def plan(self) -> Plan:
-        tokenizer = {"fingerprint": "f" * 64, "grid": GRID, "codebook_size": CODEBOOK_SIZE, "code_dim": 4}
+        tokenizer = TokenizerSpec(fingerprint="f" * 64, grid=GRID, codebook_size=CODEBOOK_SIZE, image_size=8)
         return Plan(
             kind="tokens",
             inputs={"images": "a" * 64},
-            recipe={"views": {"seed": self.seed}},
+            recipe=Recipe(views={"seed": self.seed}),
             first_ids=tuple(self.per_shard * number for number in range(self.num_shards + 1)),
             views=self.views,
-            header={"class_names": ["ant", "bee"], "tokenizer": tokenizer},
+            class_names=("ant", "bee"),
+            tokenizer=tokenizer,
         )
 
     def rejected_sources(self) -> dict[str, str]:

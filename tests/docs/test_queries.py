@@ -14,6 +14,7 @@ import pytest
 
 from shards.dataset.dataset import layer_url, open_table, views_url
 from shards.format.build import build_shard
+from shards.format.manifest import Recipe, TokenizerSpec
 from shards.format.plan import Plan
 from shards.format.records import StoredSample, sample_key
 from shards.pixels.views import CropBox, decode_crop, encode_crop
@@ -47,14 +48,14 @@ def drawn_codes(seed: int, like: Codes | None = None) -> Codes:
 
 
 def write(root: str, codes: Codes) -> None:
-    tokenizer = {"fingerprint": "a" * 64, "grid": list(GRID), "codebook_size": CODEBOOK_SIZE, "image_size": 8}
+    tokenizer = TokenizerSpec(fingerprint="a" * 64, grid=GRID, codebook_size=CODEBOOK_SIZE, image_size=8)
     plan = Plan(
         kind="tokens",
         inputs={"images": "i" * 64},
-        recipe={},
         first_ids=RANGES,
         views=2,
-        header={"class_names": CLASSES, "tokenizer": tokenizer},
+        class_names=tuple(CLASSES),
+        tokenizer=tokenizer,
     )
     start(root, plan)
     for item in pending(root, plan):
@@ -79,8 +80,8 @@ def write(root: str, codes: Codes) -> None:
 
 def write_layer(root: str, codes: Codes) -> None:
     pixels = open_table(views_url(root, 0))
-    tokenizer = {"fingerprint": "b" * 64, "grid": list(GRID), "codebook_size": CODEBOOK_SIZE, "image_size": 8}
-    plan = layer_plan(pixels, tokenizer, recipe={})
+    tokenizer = TokenizerSpec(fingerprint="b" * 64, grid=GRID, codebook_size=CODEBOOK_SIZE, image_size=8)
+    plan = layer_plan(pixels, tokenizer, Recipe())
     place = layer_url(root, "b" * 64, 0)
     start(place, plan)
     for item in pending(place, plan):

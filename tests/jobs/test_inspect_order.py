@@ -16,6 +16,7 @@ from pipeline.errors import InputError
 from shards.dataset.corpus import SubsetConfig
 from shards.dataset.dataset import open_dataset
 from shards.format.build import build_shard
+from shards.format.manifest import TokenizerSpec
 from shards.format.plan import Plan
 from shards.format.records import RejectedSample, StoredSample
 from shards.pixels.crops import StoredCrops
@@ -32,14 +33,14 @@ REJECTED = (7, 31)
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
     """58 of 60 samples in two views, shards of 1 to 12."""
     root = str(tmp_path_factory.mktemp("order") / "tokens")
-    spec = {"fingerprint": "f" * 64, "grid": [1, 1], "codebook_size": 4, "image_size": 8}
+    spec = TokenizerSpec(fingerprint="f" * 64, grid=(1, 1), codebook_size=4, image_size=8)
     plan = Plan(
         kind="tokens",
         inputs={},
-        recipe={},
         first_ids=(0, 12, 20, 21, 32, 41, 50, NUM_SAMPLES),
         views=2,
-        header={"tokenizer": spec, "class_names": ["even", "odd"]},
+        tokenizer=spec,
+        class_names=("even", "odd"),
     )
     image = encode_crop(np.zeros((8, 8, 3), np.uint8), 95)
     start(root, plan)

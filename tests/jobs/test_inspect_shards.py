@@ -13,6 +13,7 @@ import pytest
 from jobs.inspect_shards import InspectConfig, main
 from pipeline.errors import InputError
 from shards.format.build import build_shard
+from shards.format.manifest import Recipe, TokenizerSpec
 from shards.format.records import StoredSample
 from shards.pixels.views import CropBox, decode_crop, encode_crop
 from shards.writer.commit import Plan, commit, finish, pending, start
@@ -22,14 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def write_tokens(root: str) -> None:
     """Two shards of three samples whose codes are 0 to 3, and nothing else of a codebook of 8."""
-    tokenizer = {"fingerprint": "f" * 64, "grid": [2, 2], "codebook_size": 8, "image_size": 8}
+    tokenizer = TokenizerSpec(fingerprint="f" * 64, grid=(2, 2), codebook_size=8, image_size=8)
     plan = Plan(
         kind="tokens",
         inputs={"images": "a" * 64},
-        recipe={"views": {"image_size": 8}},
+        recipe=Recipe(views={"image_size": 8}),
         first_ids=(0, 3, 6),
         views=1,
-        header={"tokenizer": tokenizer},
+        tokenizer=tokenizer,
     )
     start(root, plan)
     for item in pending(root, plan):

@@ -23,6 +23,7 @@ from pipeline.errors import InputError
 from pretrain.evals.codebook import Example, PlacedCode
 from shards.dataset.summary import code_statistics
 from shards.format.build import build_shard
+from shards.format.manifest import TokenizerSpec
 from shards.format.plan import Plan
 from shards.format.records import StoredSample
 from shards.pixels.views import CropBox, decode_crop, encode_crop
@@ -75,14 +76,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return url
 
 
-def write_tokens(root: str, spec: dict[str, object], *, labels: bool = True) -> None:
+def write_tokens(root: str, spec: TokenizerSpec, *, labels: bool = True) -> None:
     plan = Plan(
         kind="tokens",
         inputs={},
-        recipe={},
         first_ids=(0, 16, SAMPLES),
         views=2,
-        header={"tokenizer": spec, "class_names": ["ant", "bee <b>"] if labels else None},
+        tokenizer=spec,
+        class_names=("ant", "bee <b>") if labels else None,
     )
     start(root, plan)
     for item in pending(root, plan):
@@ -278,7 +279,7 @@ def test_the_output_may_be_any_url(tokens: str):
 
 
 def test_without_labels_and_tokenizer_there_are_no_classes_and_neighbours(tmp_path: Path):
-    spec = {"fingerprint": "a" * 64, "grid": GRID, "codebook_size": CODEBOOK_SIZE, "image_size": SIDE}
+    spec = TokenizerSpec(fingerprint="a" * 64, grid=GRID, codebook_size=CODEBOOK_SIZE, image_size=SIDE)
     write_tokens(str(tmp_path / "tokens"), spec, labels=False)
     visualize_codebook(
         VisualizeConfig(
@@ -319,7 +320,8 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(tokens: str, tokeni
     refused(changed(output=str(tmp_path / "taken")), "already holds something else")
 
     unfinished = tmp_path / "unfinished"
-    write_tokens(str(unfinished), {"fingerprint": "a" * 64, "grid": GRID, "codebook_size": 13})
+    spec = TokenizerSpec(fingerprint="a" * 64, grid=GRID, codebook_size=13, image_size=SIDE)
+    write_tokens(str(unfinished), spec)
     (unfinished / "manifest.json").unlink()
     refused(changed(dataset=str(unfinished)), "is unfinished")
     for key in ("num_codes", "patches_per_code", "samples", "min_images"):

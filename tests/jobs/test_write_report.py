@@ -67,7 +67,7 @@ def _backbone(url: Path, tokenizer: Path) -> None:
     save_backbone(
         str(url),
         model,
-        tokenizer=VisualTokenizer.load(str(tokenizer)).spec,
+        tokenizer=VisualTokenizer.load(str(tokenizer)).spec.to_json(),
         run={"metrics": figures},
     )
     _metrics(url, [{"step": i, "split": "train", **figures, "lr": 0.1, "grad_norm": 1.0} for i in range(5)])

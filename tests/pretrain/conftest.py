@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from shards.format.build import build_shard
+from shards.format.manifest import TokenizerSpec
 from shards.format.plan import Plan
 from shards.format.records import StoredSample
 from shards.pixels.views import CropBox, decode_crop, encode_crop
@@ -19,20 +20,13 @@ CODEBOOK_SIZE = 8
 def token_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     """40 crops of 32 px in two views; a patch's code is its brightness, so there is something to learn."""
     root = str(tmp_path_factory.mktemp("tokens") / "out")
-    spec = {
-        "fingerprint": "f" * 64,
-        "codebook_size": CODEBOOK_SIZE,
-        "code_dim": 4,
-        "image_size": 32,
-        "patch_size": 8,
-    }
+    spec = TokenizerSpec(fingerprint="f" * 64, codebook_size=CODEBOOK_SIZE, image_size=32, grid=(4, 4))
     plan = Plan(
         kind="tokens",
         inputs={"images": "i", "tokenizer": "t"},
-        recipe={},
         first_ids=(0, 16, 32, NUM_SAMPLES),
         views=2,
-        header={"class_names": None, "tokenizer": {**spec, "grid": [4, 4], "teacher": None}},
+        tokenizer=spec,
     )
     start(root, plan)
     for item in pending(root, plan):

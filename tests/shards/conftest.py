@@ -15,7 +15,7 @@ from pipeline.cluster.config import ClusterConfig
 from shards.dataset.dataset import Dataset, layer_url, open_dataset, open_table, views_url
 from shards.dataset.images import ImageSample, read_crops, read_images
 from shards.format.build import ForeignTar, build_shard
-from shards.format.manifest import Manifest
+from shards.format.manifest import Manifest, Recipe, TokenizerSpec
 from shards.format.plan import items
 from shards.format.records import RejectedSample, StoredSample
 from shards.pixels.decode import DecodeConfig, Rejected, decode_image, decode_recipe
@@ -95,20 +95,15 @@ def small_dataset(make_sample: Callable[..., StoredSample]) -> Callable[..., Sma
         seed: int = 0,
     ) -> SmallDataset:
         reasons = {5: "truncated"} if rejected is None else rejected
-        tokenizer = {
-            "fingerprint": "f" * 64,
-            "grid": list(GRID),
-            "codebook_size": CODEBOOK_SIZE,
-            "code_dim": 4,
-        }
+        tokenizer = TokenizerSpec(fingerprint="f" * 64, grid=GRID, codebook_size=CODEBOOK_SIZE, image_size=16)
         plan = Plan(
             kind="tokens" if kind == "tokens" else "images",
             inputs={"images": "a" * 64},
-            recipe={"policy": {"seed": seed, "scale": (0.2, 1.0)}, "jpeg_quality": 95},
+            recipe=Recipe(other={"policy": {"seed": seed, "scale": (0.2, 1.0)}, "jpeg_quality": 95}),
             first_ids=tuple(first_ids),
             views=views,
-            header={"class_names": ["ant", "bee", "cat"]}
-            | ({"tokenizer": tokenizer} if kind == "tokens" else {}),
+            class_names=("ant", "bee", "cat"),
+            tokenizer=tokenizer if kind == "tokens" else None,
         )
 
         def content(item: Item) -> tuple[list[StoredSample], list[RejectedSample]]:
@@ -163,8 +158,8 @@ def fake_codes(pixels: np.ndarray) -> np.ndarray:
     return (quarters.mean(axis=(-4, -2, -1)) // 4).astype(np.uint16).reshape(*pixels.shape[:-3], 4)
 
 
-def _tokenizer(fingerprint: str) -> dict[str, object]:
-    return {"fingerprint": fingerprint, "grid": [2, 2], "codebook_size": 64, "image_size": SIDE}
+def _tokenizer(fingerprint: str) -> TokenizerSpec:
+    return TokenizerSpec(fingerprint=fingerprint, grid=(2, 2), codebook_size=64, image_size=SIDE)
 
 
 def _write_crops(root: str, images: Dataset, first_view: int, views: int, base: str | None) -> None:
@@ -174,12 +169,13 @@ def _write_crops(root: str, images: Dataset, first_view: int, views: int, base: 
     plan = Plan(
         kind="tokens",
         inputs={"images": images.fingerprint} | ({} if base is None else {"base": base}),
-        recipe={"views": asdict(policy), "decode": decode_recipe(_DECODE)},
+        recipe=Recipe(views=asdict(policy), decode=decode_recipe(_DECODE)),
         first_ids=first_ids,
         samples=samples,
         first_view=first_view,
         views=views,
-        header={"class_names": images.manifest.class_names, "tokenizer": _tokenizer(TOKENIZERS["base"])},
+        class_names=images.manifest.class_names,
+        tokenizer=_tokenizer(TOKENIZERS["base"]),
     )
 
     def made(image: ImageSample, view: int) -> StoredSample | RejectedSample:
@@ -219,7 +215,7 @@ def _write_crops(root: str, images: Dataset, first_view: int, views: int, base: 
 def _write_layer(root: str, first_view: int) -> None:
     """Codes of another tokenizer, which sees everything darker."""
     pixels = open_table(views_url(root, first_view))
-    plan = layer_plan(pixels, _tokenizer(TOKENIZERS["layer"]), {"encode": {}})
+    plan = layer_plan(pixels, _tokenizer(TOKENIZERS["layer"]), Recipe())
     place = layer_url(root, TOKENIZERS["layer"], first_view)
     start(place, plan)
     for item in items(plan):

@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline import artifacts, storage
 from pipeline.errors import InputError
 from pipeline.training.optim import Precision, autocast, resolve_precision
+from shards.format.manifest import EncoderPrecision, TokenizerSpec
 from tokenizer.model.quantizer import exact_float32, l2_normalize
 from tokenizer.model.teacher import Teacher, hash_tensors
 from tokenizer.model.vqkd import VQKD, VQKDConfig, channels_first, normalize_pixels
@@ -143,20 +144,22 @@ def read_tokenizer(url: str) -> TokenizerArtifact:
         raise InputError(f"{location} does not describe a tokenizer ({error!r}); make it again") from None
 
 
-def describe(artifact: TokenizerArtifact, precision: str) -> dict[str, Any]:
+def describe(artifact: TokenizerArtifact, precision: EncoderPrecision) -> TokenizerSpec:
     """The tokenizer block of a token dataset's manifest, for an encoder run in fp32, bf16 or fp16."""
     config, teacher = artifact.config, artifact.teacher
-    return {
-        "fingerprint": artifacts.fingerprint({"tokenizer": artifact.fingerprint, "precision": precision}),
-        "artifact_fingerprint": artifact.fingerprint,
-        "precision": precision,
-        "codebook_size": config.codebook_size,
-        "code_dim": config.code_dim,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "grid": [config.grid, config.grid],
-        "teacher": {"name": teacher.get("name"), "fingerprint": teacher.get("fingerprint")},
-    }
+    return TokenizerSpec(
+        fingerprint=artifacts.fingerprint({"tokenizer": artifact.fingerprint, "precision": precision}),
+        artifact_fingerprint=artifact.fingerprint,
+        precision=precision,
+        codebook_size=config.codebook_size,
+        image_size=config.image_size,
+        grid=(config.grid, config.grid),
+        other={
+            "code_dim": config.code_dim,
+            "patch_size": config.patch_size,
+            "teacher": {"name": teacher.get("name"), "fingerprint": teacher.get("fingerprint")},
+        },
+    )
 
 
 def load_vqkd(artifact: TokenizerArtifact) -> VQKD:
@@ -244,17 +247,22 @@ class VisualTokenizer:
         return self.artifact.config.grid
 
     @property
-    def precision(self) -> str:
-        """Precision of the encoder in use: fp32, bf16 or fp16."""
-        return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self._dtype]
+    def precision(self) -> EncoderPrecision:
+        """Precision of the encoder in use."""
+        names: dict[torch.dtype, EncoderPrecision] = {
+            torch.float32: "fp32",
+            torch.bfloat16: "bf16",
+            torch.float16: "fp16",
+        }
+        return names[self._dtype]
 
     @property
     def fingerprint(self) -> str:
         """Identity of the codes it gives: the artifact's fingerprint and the encoder's precision."""
-        return self.spec["fingerprint"]
+        return self.spec.fingerprint
 
     @property
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> TokenizerSpec:
         """The tokenizer block of a token dataset's manifest."""
         return describe(self.artifact, self.precision)
 

@@ -88,13 +88,13 @@ def estimate_pass(config: PrecomputeConfig) -> Estimate:
         shards += plan.num_items
         done += sum(1 for _ in storage.list_files(storage.join(root, "receipts", plan.plan8)))
     plan = passes[0].plan
-    layer, encode = plan.kind == "codes", plan.recipe["encode"]
+    layer, encode = plan.kind == "codes", plan.recipe.require_encode()
     images = open_dataset(config.output if layer else config.images or "")
     views, per_view = sum(write_pass.plan.views for write_pass in passes), plan.samples_per_view
     views_in_all = views if layer else plan.first_view + plan.views
     sample = _measure(plan, images)
     encode_s = _encode_s(config, plan, sample.pixels)
-    codes_in_tar = 512 + _blocks(128 + 2 * math.prod(plan.header["tokenizer"]["grid"]))
+    codes_in_tar = 512 + _blocks(128 + 2 * math.prod(plan.require_tokenizer().grid))
     view_bytes = per_view * (codes_in_tar + 512 + _blocks(int(sample.crop_bytes)))
     # Of tars that were indexed in place several shards may name one.
     source_bytes = sum({shard.tar: shard.tar_bytes for shard in images.shards(0)}.values())
@@ -105,14 +105,14 @@ def estimate_pass(config: PrecomputeConfig) -> Estimate:
     cores = config.cluster.cpus_per_worker or max(1, len(os.sched_getaffinity(0)) // workers)
     core_s, gpu_hours, hours = sample.prepare_s, None, None
     if encode_s is not None:
-        if encode["device"] == "cuda":
+        if encode.device == "cuda":
             gpu_hours = left * encode_s / 3600
         else:
-            core_s += encode_s * min(encode["threads"], cores)
+            core_s += encode_s * min(encode.threads, cores)
         slowest = max(sample.prepare_s / min(config.decode_threads, cores), encode_s, core_s / cores)
         hours = left * slowest / workers / 3600
     if layer:
-        tokenizer = plan.header["tokenizer"]["fingerprint"][:8]
+        tokenizer = plan.require_tokenizer().fingerprint[:8]
         what = f"codes of tokenizer {tokenizer} for the crops at {config.output}"
     else:
         where = "added to" if plan.first_view else "written to"
@@ -128,7 +128,7 @@ def estimate_pass(config: PrecomputeConfig) -> Estimate:
         crop_bytes=sample.crop_bytes,
         tar_bytes=0 if layer else view_bytes * views,
         read_bytes=source_bytes * views,
-        device=encode["device"],
+        device=encode.device,
         prepare_s=sample.prepare_s,
         encode_s=encode_s,
         workers=workers,
@@ -199,11 +199,12 @@ def _measure(plan: Plan, dataset: Dataset) -> _Sample:
 
 def _encode_s(config: PrecomputeConfig, plan: Plan, crops: np.ndarray) -> float | None:
     """Seconds of the encoder's forward pass per crop, on the plan's device; None where it is not here."""
-    encode, on_gpu = plan.recipe["encode"], plan.recipe["encode"]["device"] == "cuda"
+    encode = plan.recipe.require_encode()
+    on_gpu = encode.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         return None
-    size = encode["batch_size"] if on_gpu else min(encode["batch_size"], CPU_BATCH)
-    recipe = {**plan.recipe, "encode": {**encode, "batch_size": size}}
+    size = encode.batch_size if on_gpu else min(encode.batch_size, CPU_BATCH)
+    recipe = dataclasses.replace(plan.recipe, encode=dataclasses.replace(encode, batch_size=size))
     encoder = CropEncoder(dataclasses.replace(plan, recipe=recipe), config.tokenizer)
     batch = np.resize(crops, (size, *crops.shape[1:]))
     encoder.encode(batch)  # warms up
@@ -214,8 +215,8 @@ def _encode_s(config: PrecomputeConfig, plan: Plan, crops: np.ndarray) -> float 
 
 def _device(config: PrecomputeConfig) -> str:
     stored = None if config.code_layer else read_plan(config.output)
-    if stored is not None and config.cluster.num_workers > 0 and "encode" in stored.recipe:
-        return stored.recipe["encode"]["device"]
+    if stored is not None and config.cluster.num_workers > 0 and stored.recipe.encode is not None:
+        return stored.recipe.encode.device
     return "cuda" if config.cluster.use_gpu is not False and torch.cuda.is_available() else "cpu"
 
 

@@ -142,7 +142,9 @@ class Cropper:
     @classmethod
     def of(cls, plan: Plan) -> Cropper:
         """The cropper of a plan's recipe."""
-        return cls(policy=ViewPolicy(**plan.recipe["views"]), decode=decode_config_of(plan.recipe["decode"]))
+        recipe = plan.recipe
+        policy = ViewPolicy(**recipe.require_views())
+        return cls(policy=policy, decode=decode_config_of(recipe.require_decode()))
 
     def __call__(self, view: int, image: ImageSample) -> Crop | RejectedSample:
         try:
@@ -203,18 +205,18 @@ class CropEncoder:
     """The tokenizer of a plan, run as its recipe says, one batch at a time."""
 
     def __init__(self, plan: Plan, tokenizer_url: str) -> None:
-        encode = plan.recipe["encode"]
-        if encode["device"] == "cuda" and not torch.cuda.is_available():
+        encode = plan.recipe.require_encode()
+        if encode.device == "cuda" and not torch.cuda.is_available():
             raise InputError(
                 "the plan says cuda, but this worker sees no GPU; give cluster.use_gpu true, or false for CPU"
             )
-        if encode["device"] == "cpu":
-            torch.set_num_threads(encode["threads"])
-        self._batch_size: int = encode["batch_size"]
+        if encode.device == "cpu":
+            torch.set_num_threads(encode.threads)
+        self._batch_size: int = encode.batch_size
         self._tokenizer = VisualTokenizer.load(
             tokenizer_url,
-            device=encode["device"],
-            precision=encode["precision"],
+            device=encode.device,
+            precision=encode.precision,
             batch_size=self._batch_size,
         )
         _require_planned(plan, "tokenizer", tokenizer_url, self._tokenizer.fingerprint)
@@ -256,11 +258,10 @@ def _require_planned(plan: Plan, name: str, url: str, fingerprint: str) -> None:
 
 
 def _ahead(plan: Plan) -> int:
-    return BATCHES_AHEAD * plan.recipe["encode"]["batch_size"]
+    return BATCHES_AHEAD * plan.recipe.require_encode().batch_size
 
 
 def _grid(plan: Plan) -> tuple[tuple[int, int], int]:
     """Rows and columns of the code grid of a plan's tokenizer, and its codebook size."""
-    tokenizer = plan.header["tokenizer"]
-    rows, columns = tokenizer["grid"]
-    return (rows, columns), tokenizer["codebook_size"]
+    tokenizer = plan.require_tokenizer()
+    return tokenizer.grid, tokenizer.codebook_size

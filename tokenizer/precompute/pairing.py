@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.threads import in_order
 from pipeline.training.metrics import Progress
-from pipeline.training.optim import Precision
 from shards.dataset.dataset import ShardTable, views_url
 from shards.dataset.rows import read_shard_index
 from shards.format.index import codes_of
@@ -89,7 +87,8 @@ class Retokenized:
 def parts_of_tokenizer(parts: Sequence[ShardTable], tokenizer_url: str) -> list[ShardTable]:
     """The parts whose codes a tokenizer gave; InputError, naming the fingerprints, where there are none."""
     artifact = read_tokenizer(tokenizer_url)
-    writers = [_tokenizer(part.manifest).get("artifact_fingerprint") for part in parts]
+    tokenizers = (part.manifest.tokenizer for part in parts)
+    writers = [None if tokenizer is None else tokenizer.artifact_fingerprint for tokenizer in tokenizers]
     chosen = [part for part, writer in zip(parts, writers, strict=True) if writer == artifact.fingerprint]
     if not chosen:
         names = sorted({str(writer) for writer in writers} - {"None"})
@@ -139,28 +138,25 @@ def computes_alike(manifest: Manifest, tokenizer: VisualTokenizer) -> bool:
 
     Of a GPU the recipe does not say which one it was.
     """
+    encode, libraries = manifest.recipe.encode, manifest.recipe.libraries or {}
     return (
-        manifest.recipe.get("encode", {}).get("device") == tokenizer.device.type == "cpu"
-        and _tokenizer(manifest).get("precision") == tokenizer.precision
-        and manifest.recipe.get("libraries", {}).get("torch") == metadata.version("torch")
+        encode is not None
+        and encode.device == tokenizer.device.type == "cpu"
+        and manifest.require_tokenizer().precision == tokenizer.precision
+        and libraries.get("torch") == metadata.version("torch")
     )
 
 
 def load_as_written(manifest: Manifest, tokenizer_url: str, device: str) -> VisualTokenizer:
     """The tokenizer, to be run as the manifest's recipe says, as far as this device can."""
-    encode: dict[str, Any] = manifest.recipe.get("encode", {})
-    precision: Precision = _tokenizer(manifest).get("precision", "fp32")
+    encode = manifest.recipe.encode
+    precision = manifest.require_tokenizer().precision or "fp32"
     if precision == "fp16" and device == "cpu":
         precision = "fp32"
-    if device == "cpu" and "threads" in encode:
-        torch.set_num_threads(encode["threads"])
-    return VisualTokenizer.load(
-        tokenizer_url, device=device, precision=precision, batch_size=encode.get("batch_size")
-    )
-
-
-def _tokenizer(manifest: Manifest) -> dict[str, Any]:
-    return manifest.tokenizer or {}
+    if device == "cpu" and encode is not None:
+        torch.set_num_threads(encode.threads)
+    batch_size = None if encode is None else encode.batch_size
+    return VisualTokenizer.load(tokenizer_url, device=device, precision=precision, batch_size=batch_size)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -18,7 +18,7 @@ from pipeline.errors import InputError
 from shards.dataset.dataset import Dataset, layer_url, open_dataset, open_table, views_url
 from shards.dataset.images import sample_ids
 from shards.dataset.parts import read_plan, views_in_words
-from shards.format.manifest import MANIFEST
+from shards.format.manifest import MANIFEST, EncodeRecipe, Recipe
 from shards.format.plan import Plan
 from shards.writer.layers import layer_plan
 from tokenizer.model.artifact import describe, read_tokenizer
@@ -67,7 +67,7 @@ def _crop_plan(config: PrecomputeConfig, images: Dataset, device: str, base: Pla
     if policy.views_per_image < 1:
         raise InputError(f"views.views_per_image is {policy.views_per_image}; store 1 view or more")
     encode = _encode_recipe(config, device)
-    tokenizer = describe(artifact, encode["precision"])
+    tokenizer = describe(artifact, encode.precision)
     if base is None:
         most = int(100e6 / (policy.side**2 * CROP_BYTES_PER_PIXEL))
         first_ids, samples = _ranges(images, max(1, min(config.samples_per_shard, most)))
@@ -75,31 +75,32 @@ def _crop_plan(config: PrecomputeConfig, images: Dataset, device: str, base: Pla
         first_ids, samples = base.first_ids, base.samples
     return Plan(
         kind="tokens",
-        inputs={"images": images.fingerprint, "tokenizer": tokenizer["fingerprint"]},
-        recipe={
-            "views": to_dict(policy),
+        inputs={"images": images.fingerprint, "tokenizer": tokenizer.fingerprint},
+        recipe=Recipe(
+            views=to_dict(policy),
             # Crop boxes are in the coordinates of the decoder that prepared the images: no setting here.
-            "decode": images.manifest.recipe["decode"],
-            "encode": encode,
-            "libraries": _libraries("numpy", "pillow", "simplejpeg", "torch"),
-        },
+            decode=images.manifest.recipe.require_decode(),
+            encode=encode,
+            libraries=_libraries("numpy", "pillow", "simplejpeg", "torch"),
+        ),
         first_ids=first_ids,
         samples=samples,
         views=policy.views_per_image,
-        header={"class_names": images.manifest.class_names, "tokenizer": tokenizer},
+        class_names=images.manifest.class_names,
+        tokenizer=tokenizer,
     )
 
 
-def _encode_recipe(config: PrecomputeConfig, device: str) -> dict[str, Any]:
+def _encode_recipe(config: PrecomputeConfig, device: str) -> EncodeRecipe:
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if device == "cuda" else "fp32"
-    return {
-        "device": device,
-        "precision": precision,
-        "batch_size": config.batch_size,
-        "threads": config.encoder_threads,
-    }
+    return EncodeRecipe(
+        device=device,
+        precision=precision,
+        batch_size=config.batch_size,
+        threads=config.encoder_threads,
+    )
 
 
 def _libraries(*names: str) -> dict[str, str]:
@@ -162,7 +163,7 @@ def _extension_pass(config: PrecomputeConfig, images: Dataset, device: str) -> W
         )
     if started is not None and views == stored_views:
         return WritePass(root=place, plan=started)
-    if other := differences(base.recipe.get("libraries"), plan.recipe["libraries"]):
+    if other := differences(base.recipe.libraries, plan.recipe.libraries):
         print(
             f"note: other library versions than the first views were made with ({'; '.join(other)}): each "
             "crop keeps its own codes, but resizing may differ slightly between views",
@@ -177,7 +178,8 @@ def _recipe_differences(stored: Plan, asked: Plan) -> list[str]:
     """Inputs and settings in which two plans differ, but for the number of views and library versions."""
 
     def settings(plan: Plan) -> dict[str, Any]:
-        value = json.loads(canonical_json({"inputs": plan.inputs, **plan.recipe, **plan.header}))
+        stored = plan.to_json()
+        value = json.loads(canonical_json({"inputs": plan.inputs, **stored["recipe"], **stored["header"]}))
         value.pop("libraries", None)
         value.get("views", {}).pop("views_per_image", None)
         return value
@@ -192,11 +194,11 @@ def _layer_passes(config: PrecomputeConfig, device: str) -> list[WritePass]:
     """A pass for every part of the dataset that has crops; one that is finished comes back as it is."""
     dataset = open_dataset(config.output, "tokens")
     encode = _encode_recipe(config, device)
-    tokenizer = describe(read_tokenizer(config.tokenizer), encode["precision"])
-    recipe = {"encode": encode, "libraries": _libraries("numpy", "simplejpeg", "torch")}
+    tokenizer = describe(read_tokenizer(config.tokenizer), encode.precision)
+    recipe = Recipe(encode=encode, libraries=_libraries("numpy", "simplejpeg", "torch"))
     passes: list[WritePass] = []
     for first_view in dataset.first_views:
-        place = layer_url(config.output, tokenizer["fingerprint"], first_view)
+        place = layer_url(config.output, tokenizer.fingerprint, first_view)
         plan = layer_plan(open_table(views_url(config.output, first_view)), tokenizer, recipe)
         if storage.exists(storage.join(place, MANIFEST)):
             plan = read_plan(place) or plan

@@ -59,14 +59,14 @@ def _announce(plan: Plan, todo: Unfinished) -> None:
     crops, done = per_view * plan.views, plan.num_items - len(todo)
     shards = f"in {plan.num_items} shards ({done} committed already)"
     if plan.kind == "codes":
-        tokenizer = plan.header["tokenizer"]
+        tokenizer = plan.require_tokenizer()
         print(
-            f"codes of tokenizer {tokenizer['fingerprint'][:8]} for "
+            f"codes of tokenizer {tokenizer.fingerprint[:8]} for "
             f"{views_in_words(plan.first_view, plan.views)}: {crops:,} stored crops {shards}",
             flush=True,
         )
         return
-    size = crops * plan.recipe["views"]["image_size"] ** 2 * CROP_BYTES_PER_PIXEL / 1e9
+    size = crops * plan.require_tokenizer().image_size ** 2 * CROP_BYTES_PER_PIXEL / 1e9
     views = plan.first_view + plan.views
     seen = "E" if views == 1 else f"E/{views}"
     print(

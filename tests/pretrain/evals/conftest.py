@@ -33,10 +33,9 @@ def write_images(tmp_path: Path) -> Callable[..., str]:
         plan = Plan(
             kind="images",
             inputs={"images": name},
-            recipe={},
             first_ids=(0, len(labels) // 2, len(labels)),
             views=1,
-            header={"class_names": None if class_names is None else list(class_names)},
+            class_names=None if class_names is None else tuple(class_names),
         )
         start(root, plan)
         rng = np.random.default_rng(len(labels))

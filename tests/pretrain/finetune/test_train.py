@@ -64,9 +64,9 @@ def write_images(
     """
     rejects = [] if labels else [RejectedSample(sample_id=0, source="0.jpg", reason="truncated", message="")]
     first_ids = (0, len(labels) or 1) if len(labels) < 8 else (0, 5, len(labels))
-    header = {"class_names": None if names is None else list(names)}
+    class_names = None if names is None else tuple(names)
     inputs = {"source": f"{seed}-{list(labels)}"}
-    plan = Plan(kind="images", inputs=inputs, recipe={}, first_ids=first_ids, views=1, header=header)
+    plan = Plan(kind="images", inputs=inputs, first_ids=first_ids, views=1, class_names=class_names)
     start(str(root), plan)
     for item in pending(str(root), plan):
         samples = [_sample(i, labels[i], seed) for i in range(item.first_id, item.end_id) if labels]

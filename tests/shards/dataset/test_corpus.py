@@ -14,6 +14,7 @@ import pytest
 from pipeline.errors import InputError
 from shards.dataset.corpus import Corpus, SubsetConfig, namespaced_key, open_corpus
 from shards.dataset.dataset import Dataset, open_dataset
+from shards.format.manifest import Recipe
 from shards.format.records import MAX_SAMPLE_ID
 from shards.pixels.crops import Crops, FreshCrops, StoredCrops
 from shards.pixels.views import ViewPolicy, decode_crop
@@ -40,13 +41,11 @@ def make_dataset(tmp_path: Path, small_dataset: Make) -> Callable[..., str]:
     ) -> str:
         small = small_dataset(**how)
         plan = small.plan
-        header = {
-            **plan.header,
-            "tokenizer": {**plan.header["tokenizer"], "image_size": 16, **(tokenizer or {})},
-        }
+        spec = dataclasses.replace(plan.tokenizer, **(tokenizer or {}))
         asked = {"views": {"seed": len(name), "views_per_image": plan.views}, "jpeg_quality": 95}
+        changed = Recipe.from_json({**asked, **(recipe or {})})
         inputs = {"images": "the same" if same else name}
-        plan = dataclasses.replace(plan, header=header, inputs=inputs, recipe={**asked, **(recipe or {})})
+        plan = dataclasses.replace(plan, tokenizer=spec, inputs=inputs, recipe=changed)
         small = dataclasses.replace(small, plan=plan)
         root = str(tmp_path / name)
         start(root, plan)

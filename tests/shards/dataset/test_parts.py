@@ -27,7 +27,7 @@ from shards.dataset.parts import open_part, parts
 from shards.dataset.summary import as_text, count_codes, summarize
 from shards.format.build import BuildError
 from shards.format.index import codes_of, index_header
-from shards.format.manifest import read_manifest
+from shards.format.manifest import Recipe, TokenizerSpec, read_manifest
 from shards.format.plan import Plan
 from shards.format.records import sample_key
 from shards.pixels.crops import StoredCrops
@@ -44,14 +44,18 @@ STORED = [0, 1, 2, 3, 4, 6, 7, 8]
 """Ids; 5 is rejected in every view."""
 
 
+def layer_spec(**changes: Any) -> TokenizerSpec:
+    """The tokenizer of a layer."""
+    spec = TokenizerSpec(fingerprint=LAYER, grid=LAYER_GRID, codebook_size=LAYER_CODEBOOK, image_size=16)
+    return dataclasses.replace(spec, **changes)
+
+
 class Growing:
     """A dataset of two views that grows, and what should be in it."""
 
     def __init__(self, root: str, make: Callable[..., Any], **arguments: Any) -> None:
         self.root = root
-        small = make(**arguments)
-        header = {**small.plan.header, "tokenizer": {**small.plan.header["tokenizer"], "image_size": 16}}
-        self.small = dataclasses.replace(small, plan=dataclasses.replace(small.plan, header=header))
+        self.small = make(**arguments)
 
     def write(self) -> None:
         self.small.write(self.root)
@@ -74,13 +78,8 @@ class Growing:
 
     def add_layer(self, first_view: int, fingerprint: str = LAYER, **changes: Any) -> None:
         pixels = open_table(views_url(self.root, first_view))
-        block = {
-            "fingerprint": fingerprint,
-            "grid": list(LAYER_GRID),
-            "codebook_size": LAYER_CODEBOOK,
-            "image_size": 16,
-        }
-        plan = dataclasses.replace(layer_plan(pixels, block, recipe={"threads": 1}), **changes)
+        recipe = Recipe(libraries={"numpy": "2"})
+        plan = dataclasses.replace(layer_plan(pixels, layer_spec(fingerprint=fingerprint), recipe), **changes)
         place = layer_url(self.root, LAYER, first_view)
         start(place, plan)
         for item in pending(place, plan):
@@ -222,7 +221,7 @@ def test_a_code_layer_takes_the_place_of_the_stored_codes(growing: Growing) -> N
     own = open_dataset(root)
     assert own.manifest.grid == GRID  # the base's, as long as nobody chooses
     layer = pickle.loads(pickle.dumps(open_dataset(root, codes=LAYER[:8])))
-    assert layer.manifest.tokenizer["fingerprint"] == LAYER and layer.manifest.grid == LAYER_GRID
+    assert layer.manifest.tokenizer_fingerprint == LAYER and layer.manifest.grid == LAYER_GRID
     assert layer.fingerprint != own.fingerprint
     assert open_dataset(root, codes="f" * 8).fingerprint == own.fingerprint  # the base's own
 
@@ -303,9 +302,8 @@ def test_what_belongs_to_another_dataset_is_refused(
 
 
 def test_codes_of_two_tokenizers_are_never_mixed(growing: Growing) -> None:
-    header = growing.small.plan.header
-    block = {**header["tokenizer"], "fingerprint": "e" * 64}
-    growing.add_views(2, 1, header={**header, "tokenizer": block})
+    other = dataclasses.replace(growing.small.plan.tokenizer, fingerprint="e" * 64)
+    growing.add_views(2, 1, tokenizer=other)
     with pytest.raises(InputError, match=r"e{64}, .* of f{64}; codes of two tokenizers are never mixed"):
         open_dataset(growing.root)
     shutil.rmtree(f"{growing.root}/more")
@@ -334,11 +332,10 @@ def test_a_layer_of_other_rows_is_refused(growing: Growing) -> None:
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused(
-    growing: Growing, change: dict[str, object], message: str
+    growing: Growing, change: dict[str, Any], message: str
 ) -> None:
-    block = {"fingerprint": LAYER, "grid": [2, 2], "codebook_size": 300, "image_size": 16, **change}
     with pytest.raises(InputError, match=message):
-        layer_plan(open_table(growing.root), block, recipe={})
+        layer_plan(open_table(growing.root), layer_spec(**change), Recipe())
 
 
 def test_wrong_codes_do_not_become_a_shard(growing: Growing) -> None:
@@ -374,8 +371,7 @@ def test_a_shard_without_samples_has_a_layer_too(tmp_path: Path, small_dataset: 
         codebook_size=LAYER_CODEBOOK,
     )
     assert built.samples == 0 and built.view is None
-    block = {"fingerprint": LAYER, "grid": [2, 2], "codebook_size": 300, "image_size": 16}
-    assert layer_plan(pixels, block, recipe={}).samples == (4, 0, 2)
+    assert layer_plan(pixels, layer_spec(), Recipe()).samples == (4, 0, 2)
 
 
 def test_index_rows_of_a_layer_stay_near_the_entropy_of_their_codes(growing: Growing, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pipeline.artifacts import sha256_hex
 from pipeline.errors import InputError
 from shards.dataset.dataset import Dataset, index_files, open_dataset, probe_differences
 from shards.dataset.rows import pixels_hash, read_shard_index
-from shards.format.manifest import ROW_GROUP, Manifest, ShardInfo, TableName, TableWriter
+from shards.format.manifest import ROW_GROUP, Manifest, Recipe, ShardInfo, TableName, TableWriter
 from shards.pixels.views import decode_crop
 from shards.writer.commit import start
 
@@ -67,7 +67,7 @@ def write_made_up(root: Path, views: int, num_shards: int) -> Manifest:
         kind="images",
         plan="p" * 64,
         inputs={"sources": "s" * 64},
-        recipe={"decode_version": 1},
+        recipe=Recipe(other={"decode_version": 1}),
         first_view=0,
         shards_per_view=num_shards,
         written_per_view=tuple(written),
@@ -141,7 +141,7 @@ def test_the_manifest_survives_json(tmp_path: Path, small_dataset: MakeDataset) 
 def test_the_fingerprint_depends_on_header_and_table(tmp_path: Path) -> None:
     manifest = write_made_up(tmp_path, 1, 3)
     changed = [
-        dataclasses.replace(manifest, recipe={"decode_version": 2}),
+        dataclasses.replace(manifest, recipe=Recipe(other={"decode_version": 2})),
         dataclasses.replace(manifest, table=dataclasses.replace(manifest.table, sha256="0" * 64)),
         dataclasses.replace(manifest, details={}),
     ]

@@ -139,7 +139,6 @@ def test_a_cache_for_some_of_many_shards_is_never_too_full_to_go_on(
     monkeypatch.setattr(node_cache, "ROOM_WAIT_S", 15.0)
     local = str(tmp_path / "local")
     small = small_dataset(first_ids=(*range(0, 400, 10), 400), views=1, rejected={})
-    small.plan.header["tokenizer"]["image_size"] = 16
     small.write(local)
     for found in storage.list_files(local):
         storage.put(s3_url + found.url.removeprefix(local), storage.read(found.url))

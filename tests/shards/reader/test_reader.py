@@ -17,6 +17,7 @@ from pipeline import storage
 from pipeline.errors import InputError
 from shards.dataset.dataset import Dataset, open_dataset
 from shards.format.build import ForeignTar, build_shard
+from shards.format.manifest import Recipe, TokenizerSpec
 from shards.format.records import RejectedSample, StoredSample
 from shards.format.tar import build_tar
 from shards.pixels.crops import Crops, FreshCrops, StoredCrops
@@ -93,19 +94,14 @@ def stored_sample(sample_id: int, view: int, tokens: bool) -> StoredSample:
 def write_dataset(root: str, kind: str, ranges: tuple[int, ...] = RANGES) -> Dataset:
     """Token shards with three views, or image shards, of the same samples and id ranges."""
     tokens = kind == "tokens"
-    tokenizer = {
-        "fingerprint": "f" * 64,
-        "grid": list(GRID),
-        "codebook_size": CODEBOOK_SIZE,
-        "image_size": SIZE,
-    }
+    tokenizer = TokenizerSpec(fingerprint="f" * 64, grid=GRID, codebook_size=CODEBOOK_SIZE, image_size=SIZE)
     plan = Plan(
         kind="tokens" if tokens else "images",
         inputs={"source": "a" * 64},
-        recipe={} if tokens else {"decode": decode_recipe(PREPARED)},
+        recipe=Recipe() if tokens else Recipe(decode=decode_recipe(PREPARED)),
         first_ids=ranges,
         views=POLICY.views_per_image if tokens else 1,
-        header={"tokenizer": tokenizer} if tokens else {},
+        tokenizer=tokenizer if tokens else None,
     )
     start(root, plan)
     for item in pending(root, plan):
@@ -128,7 +124,7 @@ def write_foreign(root: str, tar_path: Path) -> Dataset:
     tar_path.write_bytes(payload)
     found = storage.stat(str(tar_path))
     assert found is not None
-    plan = Plan(kind="images", inputs={}, recipe={}, first_ids=(0, 5, 8), views=1, header={})
+    plan = Plan(kind="images", inputs={}, first_ids=(0, 5, 8), views=1)
     start(root, plan)
     for item in pending(root, plan):
         samples = [

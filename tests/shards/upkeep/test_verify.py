@@ -20,7 +20,7 @@ from pipeline.errors import InputError
 from shards.dataset.dataset import open_dataset, open_table
 from shards.format.build import BuiltShard, ForeignTar, build_shard
 from shards.format.index import read_index, write_rejects, write_table
-from shards.format.manifest import Manifest
+from shards.format.manifest import Manifest, Recipe
 from shards.format.plan import Plan, items
 from shards.format.records import RejectedSample, StoredSample
 from shards.format.tar import build_tar, iter_members
@@ -289,7 +289,7 @@ def test_a_manifest_that_disagrees_with_its_plan_or_shards_is_found(written: Wri
     for change in (
         {"samples_rejected": {"too_large": 1, "empty": 1}},
         {"class_names": ("ant", "bee")},
-        {"recipe": {**manifest.recipe, "views": {**manifest.recipe["views"], "seed": 6}}},
+        {"recipe": dataclasses.replace(manifest.recipe, views={**(manifest.recipe.views or {}), "seed": 6})},
         {"samples_in": 27},
         {"probe": (dataclasses.replace(manifest.probe[0], sha256="0" * 64),)},
         {"probe": (dataclasses.replace(manifest.probe[0], row=77),)},
@@ -323,8 +323,8 @@ def test_tars_indexed_in_place_are_checked_by_version_and_image(
     found = storage.stat(str(tar))
     assert found is not None
     foreign = ForeignTar(url=str(tar), bytes=found.bytes, version=found.version)
-    recipe = {"decode": decode_recipe(DecodeConfig())}
-    plan = Plan(kind="images", inputs={}, recipe=recipe, first_ids=(0, 2, 4), views=1, header={})
+    recipe = Recipe(decode=decode_recipe(DecodeConfig()))
+    plan = Plan(kind="images", inputs={}, recipe=recipe, first_ids=(0, 2, 4), views=1)
     root = str(tmp_path / "out")
     start(root, plan)
     for item in items(plan):

@@ -20,7 +20,7 @@ from pipeline.errors import InputError
 from shards.dataset.dataset import open_dataset
 from shards.dataset.rows import pixels_hash
 from shards.format.build import BuiltShard, ForeignTar, build_shard
-from shards.format.manifest import read_manifest
+from shards.format.manifest import Recipe, read_manifest
 from shards.format.plan import Item, Plan, items
 from shards.format.records import StoredSample
 from shards.pixels.views import decode_crop
@@ -53,10 +53,9 @@ def test_a_plan_survives_json_and_its_items_tile_the_ids(
     plan = Plan(
         kind="images",
         inputs={"a": "b"},
-        recipe={"x": [1, 2.5]},
+        recipe=Recipe(other={"x": [1, 2.5]}),
         first_ids=first_ids,
         views=views,
-        header={},
         samples=samples,
     )
 
@@ -76,10 +75,8 @@ def test_a_plan_of_half_a_million_ranges_stays_small() -> None:
     plan = Plan(
         kind="images",
         inputs={},
-        recipe={},
         first_ids=tuple(range(0, 2_000_000_001, 4000)),
         views=1,
-        header={},
     )
     assert plan.num_ranges == 500_000
     assert len(plan.to_bytes()) < 1000
@@ -102,10 +99,8 @@ def test_impossible_plans_are_refused(changes: dict[str, Any], message: str) -> 
     possible: dict[str, Any] = {
         "kind": "images",
         "inputs": {},
-        "recipe": {},
         "first_ids": (0, 5),
         "views": 1,
-        "header": {},
     }
     Plan(**possible)
     with pytest.raises(ValueError, match=message):
@@ -230,8 +225,8 @@ def test_a_finished_dataset_holds_exactly_what_the_manifest_names(
     assert manifest.samples_rejected == {"empty": 4, "truncated": 2}
     assert manifest.written_per_view == (6, 6)
     assert manifest.class_names == ("ant", "bee", "cat")
-    assert manifest.tokenizer == plan.header["tokenizer"] and manifest.grid == (2, 3)
-    assert manifest.inputs == plan.inputs and manifest.recipe["policy"]["scale"] == [0.2, 1.0]
+    assert manifest.tokenizer == plan.tokenizer and manifest.grid == (2, 3)
+    assert manifest.inputs == plan.inputs and manifest.recipe.other["policy"]["scale"] == [0.2, 1.0]
 
     opened = open_dataset(str(tmp_path), "tokens")
     named = {"/plan.json", "/manifest.json", f"/{manifest.table.path}"}
@@ -555,7 +550,7 @@ def test_a_foreign_tar_is_referred_to_and_a_change_of_it_is_an_error(
     found = storage.stat(str(tar))
     assert found is not None
     foreign = ForeignTar(url=str(tar), bytes=found.bytes, version=found.version)
-    plan = Plan(kind="images", inputs={}, recipe={}, first_ids=(0, 2, 4), views=1, header={})
+    plan = Plan(kind="images", inputs={}, first_ids=(0, 2, 4), views=1)
 
     def write(root: str) -> None:
         start(root, plan)

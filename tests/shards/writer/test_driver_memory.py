@@ -25,10 +25,8 @@ def plan_of(shards: int, samples: int) -> Plan:
     return Plan(
         kind="images",
         inputs={"sources": "a" * 64},
-        recipe={},
         first_ids=tuple(range(0, shards * samples + 1, samples)),
         views=1,
-        header={"class_names": None},
     )
 
 

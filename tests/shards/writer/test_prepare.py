@@ -115,7 +115,7 @@ def test_a_folder_becomes_a_dataset(tmp_path, capsys):
         {"not_an_image": 2},
     )
     assert manifest.class_names == ("ant", "zebra")
-    assert decode_config_of(manifest.recipe["decode"]) == DecodeConfig()
+    assert decode_config_of(manifest.recipe.require_decode()) == DecodeConfig()
     assert rejects(dataset) == {f"{root}/zebra/text.jpg": "not_an_image", f"{root}/readme.md": "not_an_image"}
     accepted = {name: data for name, data in files.items() if data[:2] != b"no" and data[:2] != b"# "}
     assert stored(dataset) == {f"{root}/{name}": data for name, data in accepted.items()}

@@ -312,7 +312,7 @@ def test_a_code_layer_has_the_codes_of_the_stored_pixels(
     manifest = precompute_shards(layered(base, other_tokenizer_url))
     assert all(path.read_bytes() == data for path, data in before.items())
     assert manifest.tokenizer is not None
-    name = manifest.tokenizer["fingerprint"][:8]
+    name = manifest.require_tokenizer().fingerprint[:8]
     assert not list(Path(base.output, "codes").rglob("*.tar"))
 
     tokenizer = VisualTokenizer.load(other_tokenizer_url)
