@@ -5,11 +5,10 @@ python -m jobs.export_backbone --backbone runs/backbone --format timm --output r
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import safetensors.torch
@@ -27,16 +26,10 @@ from pretrain.model.artifacts import (
     read_weights,
 )
 from pretrain.model.backbone import BackboneConfig
-from pretrain.model.export import (
-    CardFacts,
-    model_card,
-    to_timm,
-    to_transformers,
-    vision_model_of_backbone,
-    vision_model_of_classifier,
-)
+from pretrain.model.classifier import ClassifierConfig
+from pretrain.model.export import model_card, to_timm, to_transformers, vision_model
 from pretrain.model.official import at_image_size, official_finetuning, official_pretraining
-from tokenizer.model.artifact import load_vqkd, read_tokenizer
+from tokenizer.model.artifact import TokenizerArtifact, load_vqkd, read_tokenizer
 from tokenizer.model.official import official_vqkd
 
 KINDS = ("backbone", "classifier", "tokenizer")
@@ -74,117 +67,103 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What is to be written: files made one after the other, since each may be a gigabyte."""
+    """Files of one export; bytes are made one file after the other, since each may be a gigabyte."""
 
     states: Mapping[str, Mapping[str, Tensor]]
-    """By file name without its ending."""
-    as_pth: bool
-    """As .pth, too."""
-    configs: Mapping[str, Mapping[str, Any]]
+    """Weights by file name without its ending."""
+    text: str
+    """Sentence of the model card: what the model is."""
+    loading: str
+    """Python that loads it; `FOLDER` stands for where the files are."""
+    library: str | None = None
+    """Library of the hub's vocabulary; None for the official layouts, which are written as .pth, too."""
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """JSON by file name."""
-    card: CardFacts
 
 
 def main(config: ExportConfig) -> None:
     """Everything is read and converted before the first byte is written; the model card comes last."""
     url, output = storage.absolute(config.backbone), storage.absolute(config.output)
-    header, export = _export(url, config)
-    asked = {"format": config.format, "image_size": config.image_size, "layout": config.layout}
-    artifacts.claim(
-        output, {"job": "export_backbone", "config": asked, "inputs": {header["kind"]: header["fingerprint"]}}
-    )
-    for name, data in _files(export):
-        storage.put(storage.join(output, name), data)
-        print(f"{storage.join(output, name)}: {len(data):,} bytes", flush=True)
-    card = model_card(export.card).replace("FOLDER", storage.name(output))
-    storage.put(storage.join(output, "README.md"), card.encode())
-    print(
-        f"{storage.join(output, 'README.md')}: the model card\n\n{export.card.loading}".replace(
-            "FOLDER", output
-        )
-    )
-
-
-def _export(url: str, config: ExportConfig) -> tuple[dict[str, Any], Export]:
-    """The artifact's header, and what becomes of it."""
     kind = next((kind for kind in KINDS if artifacts.read_header(url, kind) is not None), None)
     if config.layout is not None and (config.format != "official" or kind != "backbone"):
         raise InputError("layout is for the official format of a backbone; leave it out")
     match kind:
         case "backbone":
             header = read_backbone_header(url)
-            tensors, shape = read_weights(url, header), backbone_config(header["config"])
-            if config.format == "official":
-                return header, _official(header, tensors, shape, config)
-            model = vision_model_of_backbone(tensors, shape, config.image_size)
+            export = _export(url, header, backbone_config(header["config"]), config)
         case "classifier":
             header = read_classifier_header(url)
-            tensors, classifier = read_weights(url, header), classifier_config(header["config"])
-            if config.format == "official":
-                return header, _official(header, tensors, classifier.backbone, config)
-            model = vision_model_of_classifier(tensors, classifier, header["class_names"], config.image_size)
+            export = _export(url, header, classifier_config(header["config"]), config)
         case "tokenizer":
-            return _official_tokenizer(url, config)
+            artifact = read_tokenizer(url)
+            header, export = artifact.header, _export_tokenizer(artifact, config)
         case _:
             raise InputError(
                 f"no finished backbone, classifier or tokenizer at {url}; give the --output of a finished run"
             )
-    exported = to_timm(model) if config.format == "timm" else to_transformers(model)
-    card = _card(header, model.config, exported.library, exported.loading)
-    return header, Export(
-        states={"model": exported.tensors}, as_pth=False, configs=exported.configs, card=card
+    asked = {"format": config.format, "image_size": config.image_size, "layout": config.layout}
+    inputs = {kind: header["fingerprint"]}
+    artifacts.claim(output, {"job": "export_backbone", "config": asked, "inputs": inputs})
+    for name, data in _files(export):
+        storage.put(storage.join(output, name), data)
+        print(f"{storage.join(output, name)}: {len(data):,} bytes", flush=True)
+    task = "image-classification" if kind == "classifier" else "image-feature-extraction"
+    front = {**({"library_name": export.library} if export.library else {}), "pipeline_tag": task}
+    loading = export.loading.replace("FOLDER", storage.name(output))
+    card = model_card(f"BEiT v2 {kind}", export.text, loading, front, header)
+    storage.put(storage.join(output, "README.md"), card.encode())
+    print(
+        f"{storage.join(output, 'README.md')}: the model card\n\n{export.loading.replace('FOLDER', output)}"
     )
 
 
-def _official(
-    header: Mapping[str, Any], tensors: Mapping[str, Tensor], shape: BackboneConfig, config: ExportConfig
+def _export(
+    url: str, header: Mapping[str, Any], shape: BackboneConfig | ClassifierConfig, config: ExportConfig
 ) -> Export:
-    tensors, shape = at_image_size(tensors, shape, config.image_size)
-    states: dict[str, dict[str, Tensor]] = {}
-    if config.layout != "finetuning" and header.get("mim") is not None:
-        states["pretraining"] = official_pretraining(tensors, shape)
-    if config.layout != "pretraining":
-        states["finetuning"] = official_finetuning(tensors, shape)
-    if not states:
-        raise InputError(
-            "the backbone has no pretraining heads, as the pretraining layout needs; take layout finetuning"
-        )
-    card = _card(header, shape, None, _official_loading(next(iter(states))))
-    files = " and ".join(f"`{name}` ({_LAYOUTS[name]})" for name in states)
-    card = dataclasses.replace(card, what=f"{card.what} In the published layout: {files}.")
-    return Export(states=states, as_pth=True, configs={}, card=card)
+    """A backbone or classifier in the format that is asked for."""
+    tensors, names = read_weights(url, header), header.get("class_names")
+    finetuned = ", then fine-tuned to classify images" if isinstance(shape, ClassifierConfig) else ""
+    text = (
+        f"A vision Transformer, pretrained as BEiT v2 ({_PAPER}) by predicting the visual tokens of masked "
+    )
+    text += f"patches{finetuned}."
+    if config.format == "official":
+        backbone = shape.backbone if isinstance(shape, ClassifierConfig) else shape
+        tensors, backbone = at_image_size(tensors, backbone, config.image_size)
+        states: dict[str, dict[str, Tensor]] = {}
+        if config.layout != "finetuning" and header.get("mim") is not None:
+            states["pretraining"] = official_pretraining(tensors, backbone)
+        if config.layout != "pretraining":
+            states["finetuning"] = official_finetuning(tensors, backbone)
+        if not states:
+            raise InputError(
+                "the backbone has no pretraining heads, as the pretraining layout needs; "
+                "take layout finetuning"
+            )
+        files = " and ".join(f"`{name}` ({_LAYOUTS[name]})" for name in states)
+        text = f"{text} In the published layout: {files}."
+        return Export(states=states, text=text, loading=_official_loading(next(iter(states))))
+    model = vision_model(tensors, shape, class_names=names, image_size=config.image_size)
+    exported = to_timm(model) if config.format == "timm" else to_transformers(model)
+    return Export(
+        states={"model": exported.tensors},
+        text=text,
+        loading=exported.loading,
+        library=config.format,
+        configs=exported.configs,
+    )
 
 
-def _official_tokenizer(url: str, config: ExportConfig) -> tuple[dict[str, Any], Export]:
+def _export_tokenizer(artifact: TokenizerArtifact, config: ExportConfig) -> Export:
     if config.format != "official" or config.image_size is not None:
         raise InputError(
-            f"{url} is a tokenizer, which has the official format and its own image size only; "
+            f"{artifact.url} is a tokenizer, which has the official format and its own image size only; "
             "take --format official without --image_size"
         )
-    artifact = read_tokenizer(url)
-    shape, encoder, decoder = artifact.config, artifact.config.encoder_size, artifact.config.decoder_size
-    card = CardFacts(
-        title="BEiT v2 visual tokenizer (VQ-KD)",
-        what=f"Turns an image into a grid of discrete codes ({_PAPER}). In the layout of the published "
-        "`vqkd_encoder_*_decoder_*` files.",
-        library=None,
-        task="image-feature-extraction",
-        sizes={
-            "encoder": f"{encoder.width} x {encoder.depth}, {encoder.heads} heads",
-            "decoder": f"{decoder.width} x {decoder.depth}, {decoder.heads} heads",
-            "codes": f"{shape.codebook_size} of dimension {shape.code_dim}",
-            "images": f"{shape.image_size} px in patches of {shape.patch_size}, values from -1 to 1",
-        },
-        provenance={
-            "fingerprint": artifact.fingerprint,
-            "teacher": artifact.teacher.get("name"),
-            **artifact.header["inputs"],
-        },
-        metrics=artifact.header["metrics"],
-        loading=_official_loading("tokenizer"),
-    )
+    text = f"Turns an image, with values from -1 to 1, into a grid of discrete codes ({_PAPER}). "
+    text += "In the layout of the published `vqkd_encoder_*_decoder_*` files."
     states = {"tokenizer": official_vqkd(load_vqkd(artifact).state_dict())}
-    return artifact.header, Export(states=states, as_pth=True, configs={}, card=card)
+    return Export(states=states, text=text, loading=_official_loading("tokenizer"))
 
 
 def _official_loading(name: str) -> str:
@@ -195,47 +174,11 @@ def _official_loading(name: str) -> str:
     )
 
 
-def _card(header: Mapping[str, Any], shape: BackboneConfig, library: str | None, loading: str) -> CardFacts:
-    """What the header of a backbone or classifier says, as far as it says it."""
-    tokenizer, run = header.get("tokenizer") or {}, header.get("run") or {}
-    teacher = (tokenizer.get("teacher") or {}).get("name")
-    is_classifier = header["kind"] == "classifier"
-    what = (
-        f"A vision Transformer, pretrained as BEiT v2 ({_PAPER}) by predicting the visual tokens of masked "
-        "patches"
-    )
-    return CardFacts(
-        title="BEiT v2 classifier" if is_classifier else "BEiT v2 backbone",
-        what=f"{what}, then fine-tuned to classify images." if is_classifier else f"{what}.",
-        library=library,
-        task="image-classification" if is_classifier else "image-feature-extraction",
-        sizes={
-            "width x depth, heads": f"{shape.width} x {shape.depth}, {shape.heads}",
-            "images": f"{shape.image_size} px in patches of {shape.patch_size}",
-            "image mean": ", ".join(f"{value:g}" for value in shape.mean),
-            "image std": ", ".join(f"{value:g}" for value in shape.std),
-            "classes": header["config"]["num_classes"] if is_classifier else None,
-        },
-        provenance={
-            "fingerprint": header["fingerprint"],
-            **{f"{name} fingerprint": value for name, value in header["inputs"].items()},
-            "tokenizer fingerprint": tokenizer.get("fingerprint"),
-            "tokenizer's teacher": teacher,
-            "backbone fingerprint": (header.get("backbone") or {}).get("fingerprint"),
-            "imported from": run.get("imported_from"),
-            "training steps": run.get("steps"),
-            "code version": header.get("code_version"),
-        },
-        metrics={**(run.get("metrics") or {}), **(header.get("metrics") or {})},
-        loading=loading,
-    )
-
-
 def _files(export: Export) -> Iterator[tuple[str, bytes]]:
     for name, state in export.states.items():
         tensors = {key: tensor.contiguous() for key, tensor in state.items()}
         yield f"{name}.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"})
-        if export.as_pth:
+        if export.library is None:
             buffer = io.BytesIO()
             torch.save({"model": tensors}, buffer)
             yield f"{name}.pth", buffer.getvalue()

@@ -6,10 +6,7 @@ python -m jobs.import_checkpoint --source vqkd_encoder_base_decoder_3x768x12_cli
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-from torch import Tensor
 
 from pipeline import artifacts, storage
 from pipeline.config import ASIDE, PLACE, identity, run_job
@@ -71,34 +68,23 @@ def main(config: ImportConfig) -> None:
             )
         case Classifier():
             save_classifier(output, model, names, inputs=inputs, run=run)
-        case MIM():
-            save_backbone(output, model, inputs=inputs, run=run)
         case _:
             save_backbone(output, model, inputs=inputs, run=run)
     print(f"{output}: {_described(model, config)}, from {source.url}", flush=True)
 
 
 def _model(source: TensorFile, config: ImportConfig) -> VQKD | Backbone | Classifier:
-    tensors, url = source.tensors, source.url
+    tensors, url, heads, mean, std = source.tensors, source.url, config.heads, config.mean, config.std
     if is_tokenizer(tensors):
-        return vqkd_from_official(tensors, url, heads=config.heads)
+        return vqkd_from_official(tensors, url, heads=heads)
     match kind_of(tensors):
         case "pretraining":
-            return backbone_from_official(
-                tensors, url, heads=config.heads, layer=config.layer, mean=config.mean, std=config.std
-            )
+            return backbone_from_official(tensors, url, heads=heads, layer=config.layer, mean=mean, std=std)
         case "classifier":
-            return classifier_from_official(
-                tensors, url, heads=config.heads, mean=config.mean, std=config.std
-            )
+            return classifier_from_official(tensors, url, heads=heads, mean=mean, std=std)
         case None:
-            raise InputError(
-                f"{url}: {_first_name(tensors)} is no key of BEiT v2; is it another model's file?"
-            )
-
-
-def _first_name(tensors: Mapping[str, Tensor]) -> str:
-    return next(iter(tensors), "nothing left, its first key,")
+            first = next(iter(tensors), "nothing left, its first key,")
+            raise InputError(f"{url}: {first} is no key of BEiT v2; is it another model's file?")
 
 
 def _class_names(config: ImportConfig, model: VQKD | Backbone | Classifier) -> list[str] | None:
@@ -119,18 +105,15 @@ def _class_names(config: ImportConfig, model: VQKD | Backbone | Classifier) -> l
 
 def _described(model: VQKD | Backbone | Classifier, config: ImportConfig) -> str:
     """What was recognised, and what of it is a convention because weights do not tell."""
-    given = "" if config.heads is not None else f" (assumed: width / {HEAD_DIM})"
+    assumed = "" if config.heads is not None else f" (assumed: width / {HEAD_DIM})"
     if isinstance(model, VQKD):
-        size, decoder = model.config.encoder_size, model.config.decoder_size
-        norms = model.quantize.codebook.norm(dim=1)
-        unusual = (
-            "" if bool((norms - 1.0).abs().max() < 1e-3) else "; warning: its codes are not of unit length"
-        )
+        shape, size, decoder = model.config, model.config.encoder_size, model.config.decoder_size
+        unit = bool((model.quantize.codebook.norm(dim=1) - 1.0).abs().max() < 1e-3)
         return (
-            f"tokenizer, encoder {size.width} x {size.depth} with {size.heads} heads{given}, decoder "
-            f"{decoder.width} x {decoder.depth}, {model.config.codebook_size} codes of "
-            f"{model.config.code_dim}, {model.config.image_size} px in patches of "
-            f"{model.config.patch_size}{unusual}"
+            f"tokenizer, encoder {size.width} x {size.depth} with {size.heads} heads{assumed}, decoder "
+            f"{decoder.width} x {decoder.depth}, {shape.codebook_size} codes of {shape.code_dim}, "
+            f"{shape.image_size} px in patches of {shape.patch_size}"
+            f"{'' if unit else '; warning: its codes are not of unit length'}"
         )
     backbone = model.config.backbone if isinstance(model, Classifier) else model.config
     sizes = (
@@ -138,9 +121,8 @@ def _described(model: VQKD | Backbone | Classifier, config: ImportConfig) -> str
         f"patches of {backbone.patch_size}"
     )
     if isinstance(model, Classifier):
-        tables = "" if model.config.relative_positions != "none" else given
         kind = f"classifier of {model.config.num_classes} classes, {model.config.pooling} pooling"
-        return f"{kind}, {sizes}{tables}"
+        return f"{kind}, {sizes}{assumed if model.config.relative_positions == 'none' else ''}"
     if not isinstance(model, MIM):
         return f"backbone without pretraining heads, {sizes}"
     layer = model.mim_config.patch_aggregation.layer

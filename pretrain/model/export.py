@@ -5,6 +5,8 @@ Neither library is imported: what they read is tensors, one JSON file and their 
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from pretrain.model.backbone import BackboneConfig
-from pretrain.model.classifier import TABLE, ClassifierConfig, Pooling, RelativePositions
+from pretrain.model.classifier import TABLE, ClassifierConfig
 from pretrain.model.official import at_image_size, per_block_tables
 from tokenizer.model.vit import LAYER_NORM_EPS
 
@@ -58,66 +60,42 @@ _TRANSFORMERS_REST = {
 
 @dataclass(frozen=True, kw_only=True)
 class VisionModel:
-    """What is common to backbone and classifier once every block has its own position table."""
+    """A backbone or a classifier in the layout that both libraries share: a position table in every block."""
 
     tensors: dict[str, Tensor]
-    """In the fine-tuning layout, without indices."""
-    config: BackboneConfig
-    pooling: Pooling
-    """cls: the final norm on every token, features are [CLS]; mean: a norm on the mean of the patches."""
-    num_classes: int
-    """0 for a backbone."""
-    absolute_positions: bool
-    relative_positions: RelativePositions
-    """Never shared."""
-    class_names: tuple[str, ...] | None
+    """Weights in the fine-tuning layout, without indices."""
+    config: ClassifierConfig
+    """Sizes; a backbone has no classes and [CLS] pooling."""
+    class_names: Sequence[str] | None = None
+    """Names of the outputs in their order, where they are known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """Tensors and JSON files for another library, and how they are loaded there."""
+    """Files for another library, and how they are loaded there."""
 
     tensors: dict[str, Tensor]
+    """Weights under that library's names."""
     configs: dict[str, dict[str, Any]]
-    """By file name."""
-    library: str
+    """JSON files by name."""
     loading: str
-    """Python; `FOLDER` stands for where the files are."""
+    """Python that loads the model; `FOLDER` stands for where the files are."""
 
 
-def vision_model_of_backbone(
-    tensors: Mapping[str, Tensor], config: BackboneConfig, image_size: int | None
-) -> VisionModel:
-    """A pretrained backbone without its heads, for images of another size if one is given."""
-    resized, config = at_image_size(tensors, config, image_size)
-    return VisionModel(
-        tensors=per_block_tables(resized, config),
-        config=config,
-        pooling="cls",
-        num_classes=0,
-        absolute_positions=False,
-        relative_positions="per_block",
-        class_names=None,
-    )
-
-
-def vision_model_of_classifier(
+def vision_model(
     tensors: Mapping[str, Tensor],
-    config: ClassifierConfig,
-    class_names: Sequence[str] | None,
-    image_size: int | None,
+    config: BackboneConfig | ClassifierConfig,
+    *,
+    class_names: Sequence[str] | None = None,
+    image_size: int | None = None,
 ) -> VisionModel:
-    """A classifier with its head, for images of another size if one is given."""
+    """A backbone without its pretraining heads, or a classifier; for images of another size, if given."""
+    if isinstance(config, BackboneConfig):
+        config = ClassifierConfig(backbone=config, num_classes=0, pooling="cls")
     resized, backbone = at_image_size(tensors, config.backbone, image_size)
-    return VisionModel(
-        tensors=per_block_tables(resized, backbone),
-        config=backbone,
-        pooling=config.pooling,
-        num_classes=config.num_classes,
-        absolute_positions=config.absolute_positions,
-        relative_positions="none" if config.relative_positions == "none" else "per_block",
-        class_names=None if class_names is None else tuple(class_names),
-    )
+    relative = "none" if config.relative_positions == "none" else "per_block"
+    config = dataclasses.replace(config, backbone=backbone, relative_positions=relative)
+    return VisionModel(tensors=per_block_tables(resized, backbone), config=config, class_names=class_names)
 
 
 # ------------------------------------------------------------------------------------------------ timm
@@ -128,14 +106,14 @@ def to_timm(model: VisionModel) -> Exported:
 
     [CLS] pooling is timm's `global_pool="token"`, whose final norm is on every token as in pretraining.
     """
-    config = model.config
+    config, num_classes = model.config.backbone, model.config.num_classes
     size = (config.patch_size, config.width, config.depth, config.heads, config.mlp_ratio)
     arguments: dict[str, Any] = {
         "img_size": config.image_size,
-        "global_pool": "avg" if model.pooling == "mean" else "token",
+        "global_pool": "avg" if model.config.pooling == "mean" else "token",
     }
     architecture = _TIMM_NAMES.get(size)
-    if architecture is None or model.absolute_positions or model.relative_positions == "none":
+    if architecture is None or model.config.absolute_positions or model.config.relative_positions == "none":
         architecture = "beitv2_base_patch16_224"
         arguments |= {
             "patch_size": config.patch_size,
@@ -144,17 +122,17 @@ def to_timm(model: VisionModel) -> Exported:
             "num_heads": config.heads,
             "mlp_ratio": config.mlp_ratio,
             "init_values": config.layer_scale_init,  # timm drops a None
-            "use_abs_pos_emb": model.absolute_positions,
-            "use_rel_pos_bias": model.relative_positions == "per_block",
+            "use_abs_pos_emb": model.config.absolute_positions,
+            "use_rel_pos_bias": model.config.relative_positions == "per_block",
         }
     description = {
         "architecture": architecture,
-        "num_classes": model.num_classes,
+        "num_classes": num_classes,
         "num_features": config.width,
         "global_pool": arguments["global_pool"],
         "model_args": arguments,
         "pretrained_cfg": {
-            "num_classes": model.num_classes,
+            "num_classes": num_classes,
             "input_size": [3, config.image_size, config.image_size],
             "fixed_input_size": True,
             "pool_size": None,
@@ -169,11 +147,9 @@ def to_timm(model: VisionModel) -> Exported:
     if model.class_names is not None:
         description["label_names"] = list(model.class_names)
     loading = 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n' + (
-        "logits = model(pixels)" if model.num_classes else "tokens = model.forward_features(pixels)"
+        "logits = model(pixels)" if num_classes else "tokens = model.forward_features(pixels)"
     )
-    return Exported(
-        tensors=model.tensors, configs={"config.json": description}, library="timm", loading=loading
-    )
+    return Exported(tensors=model.tensors, configs={"config.json": description}, loading=loading)
 
 
 # ----------------------------------------------------------------------------------------------- transformers
@@ -181,9 +157,8 @@ def to_timm(model: VisionModel) -> Exported:
 
 def to_transformers(model: VisionModel) -> Exported:
     """For `from_pretrained` of `BeitModel`, or of `BeitForImageClassification` where there is a head."""
-    config = model.config
-    is_classifier = model.num_classes > 0
-    kind = "BeitForImageClassification" if is_classifier else "BeitModel"
+    config, num_classes = model.config.backbone, model.config.num_classes
+    kind = "BeitForImageClassification" if num_classes else "BeitModel"
     description: dict[str, Any] = {
         "architectures": [kind],
         "model_type": "beit",
@@ -200,15 +175,15 @@ def to_transformers(model: VisionModel) -> Exported:
         "patch_size": config.patch_size,
         "num_channels": 3,
         "use_mask_token": False,
-        "use_absolute_position_embeddings": model.absolute_positions,
-        "use_relative_position_bias": model.relative_positions == "per_block",
+        "use_absolute_position_embeddings": model.config.absolute_positions,
+        "use_relative_position_bias": model.config.relative_positions == "per_block",
         "use_shared_relative_position_bias": False,
         "layer_scale_init_value": config.layer_scale_init,
-        "use_mean_pooling": model.pooling == "mean",
+        "use_mean_pooling": model.config.pooling == "mean",
         "dtype": "float32",
     }
-    if is_classifier:
-        names = model.class_names or [f"LABEL_{number}" for number in range(model.num_classes)]
+    if num_classes:
+        names = model.class_names or [f"LABEL_{number}" for number in range(num_classes)]
         description["id2label"] = {str(number): name for number, name in enumerate(names)}
         description["label2id"] = {name: number for number, name in enumerate(names)}
     resize = round(config.image_size / _CROP_FRACTION)
@@ -227,12 +202,11 @@ def to_transformers(model: VisionModel) -> Exported:
         "do_reduce_labels": False,
     }
     loading = f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("FOLDER").eval()\n' + (
-        "logits = model(pixels).logits" if is_classifier else "tokens = model(pixels).last_hidden_state"
+        "logits = model(pixels).logits" if num_classes else "tokens = model(pixels).last_hidden_state"
     )
     return Exported(
-        tensors=_transformers_names(model, "beit." if is_classifier else ""),
+        tensors=_transformers_names(model, "beit." if num_classes else ""),
         configs={"config.json": description, "preprocessor_config.json": preprocessing},
-        library="transformers",
         loading=loading,
     )
 
@@ -242,13 +216,13 @@ def _transformers_names(model: VisionModel, prefix: str) -> dict[str, Tensor]:
     for key, tensor in model.tensors.items():
         if key in ("head.weight", "head.bias"):
             renamed[key.replace("head", "classifier")] = tensor
-        elif found := re.fullmatch(r"blocks\.(\d+)\.(.+)", key):
-            place = f"{prefix}encoder.layer.{found[1]}."
-            if found[2] == "attn.qkv.weight":
-                for name, part in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                    renamed[f"{place}attention.attention.{name}.weight"] = part.clone()
+        elif match := re.fullmatch(r"blocks\.(\d+)\.(.+)", key):
+            place, name = f"{prefix}encoder.layer.{match[1]}.", match[2]
+            if name == "attn.qkv.weight":
+                for projection, part in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                    renamed[f"{place}attention.attention.{projection}.weight"] = part.clone()
             else:
-                renamed[place + _TRANSFORMERS_BLOCK[found[2]]] = tensor
+                renamed[place + _TRANSFORMERS_BLOCK[name]] = tensor
         else:
             renamed[prefix + _TRANSFORMERS_REST[key]] = tensor
     return renamed
@@ -257,60 +231,30 @@ def _transformers_names(model: VisionModel, prefix: str) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------ model card
 
 
-@dataclass(frozen=True, kw_only=True)
-class CardFacts:
-    """What a model card says of a model, beside how it is loaded."""
+def model_card(
+    title: str, text: str, loading: str, front: Mapping[str, str], header: Mapping[str, Any]
+) -> str:
+    """README.md of an export, in the hub's form. The licence is the user's to fill in, as the data are.
 
-    title: str
-    what: str
-    """Some sentences."""
-    library: str | None
-    """Of the hub's vocabulary; None for files no hub library reads."""
-    task: str
-    """Of the hub's vocabulary, such as image-feature-extraction."""
-    sizes: Mapping[str, Any]
-    provenance: Mapping[str, Any]
-    metrics: Mapping[str, Any]
-    loading: str
-    """Python."""
-
-
-def model_card(facts: CardFacts) -> str:
-    """README.md of an export, in the hub's form. The licence is the user's to fill in, as the data are."""
-    front = [*([f"library_name: {facts.library}"] if facts.library else []), f"pipeline_tag: {facts.task}"]
+    front: lines of the hub's vocabulary, such as library_name; header: of the artifact, shown as it is.
+    """
     lines = [
         "---",
-        *front,
+        *(f"{name}: {value}" for name, value in front.items()),
         "tags: [beit, beit-v2, masked-image-modeling]",
         "license:  # yours to fill in: it depends on the data and the weights this came from",
         "---",
         "",
-        f"# {facts.title}",
+        f"# {title}",
         "",
-        facts.what,
+        text,
         "",
         "From the folder that holds this one, with normalised images `pixels` (float [B, 3, S, S]):",
         "",
-        "```python",
-        facts.loading,
-        "```",
+        *("```python", loading, "```"),
         "",
-        *_table("Model", facts.sizes),
-        *_table("Where it comes from", facts.provenance),
-        *_table("Figures", facts.metrics),
+        "## Where it comes from",
+        "",
+        *("```json", json.dumps(header, indent=2, sort_keys=True, ensure_ascii=False), "```"),
     ]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
-    shown = {name: value for name, value in rows.items() if value is not None}
-    if not shown:
-        return []
-    cells = [f"| {name} | {_cell(value)} |" for name, value in shown.items()]
-    return [f"## {title}", "", "| | |", "|---|---|", *cells, ""]
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -10,15 +11,7 @@ from torch import Tensor, nn
 
 from pretrain.model.backbone import Backbone, BackboneConfig, BackboneSize
 from pretrain.model.classifier import Classifier, ClassifierConfig
-from pretrain.model.export import (
-    CardFacts,
-    VisionModel,
-    model_card,
-    to_timm,
-    to_transformers,
-    vision_model_of_backbone,
-    vision_model_of_classifier,
-)
+from pretrain.model.export import VisionModel, model_card, to_timm, to_transformers, vision_model
 from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
 from pretrain.model.official import at_image_size
 
@@ -63,7 +56,7 @@ CLASSIFIERS = {
 def classifier(name: str) -> tuple[Classifier, VisionModel]:
     model = shaken(Classifier(CLASSIFIERS[name]))
     assert isinstance(model, Classifier)
-    return model, vision_model_of_classifier(model.state_dict(), model.config, list("vwxyz"), None)
+    return model, vision_model(model.state_dict(), model.config, class_names="vwxyz")
 
 
 # ------------------------------------------------------------------------------------------------ timm
@@ -81,7 +74,7 @@ def timm_model(exported: VisionModel) -> nn.Module:
 
 
 def test_timm_has_the_features_of_a_backbone(mim: MIM, pixels: Tensor):
-    theirs = timm_model(vision_model_of_backbone(mim.state_dict(), TINY, None))
+    theirs = timm_model(vision_model(mim.state_dict(), TINY))
     with torch.no_grad():
         features, tokens = mim.features(pixels), theirs.forward_features(pixels)  # type: ignore[operator]
         torch.testing.assert_close(tokens[:, 0], features.cls, **EXACT)
@@ -97,7 +90,7 @@ def test_timm_has_the_logits_of_a_classifier(name: str, pixels: Tensor):
 
 
 def test_timm_at_another_resolution(mim: MIM):
-    theirs = timm_model(vision_model_of_backbone(mim.state_dict(), TINY, 40))
+    theirs = timm_model(vision_model(mim.state_dict(), TINY, image_size=40))
     resized, config = at_image_size(mim.state_dict(), TINY, 40)
     ours = Backbone(config).eval()
     ours.load_state_dict({key: resized[key] for key in ours.state_dict()})
@@ -116,12 +109,10 @@ def test_the_published_sizes_are_timms_by_name(size: str, num_blocks: int, num_c
     with torch.device("meta"):
         if num_classes:
             shape = ClassifierConfig(backbone=config, num_classes=num_classes)
-            exported = to_timm(vision_model_of_classifier(Classifier(shape).state_dict(), shape, None, None))
+            exported = to_timm(vision_model(Classifier(shape).state_dict(), shape))
             theirs = timm.create_model(f"beitv2_{size}_patch16_224")
         else:
-            exported = to_timm(
-                vision_model_of_backbone(MIM(config, MIMConfig(), 8192).state_dict(), config, None)
-            )
+            exported = to_timm(vision_model(MIM(config, MIMConfig(), 8192).state_dict(), config))
             theirs = timm.create_model(f"beitv2_{size}_patch16_224", num_classes=0, global_pool="token")
     assert exported.configs["config.json"]["architecture"] == f"beitv2_{size}_patch16_224"
     ours = {key: tensor.shape for key, tensor in exported.tensors.items()}
@@ -150,7 +141,7 @@ def transformers_model(exported: VisionModel) -> nn.Module:
 
 
 def test_transformers_has_the_features_of_a_backbone(mim: MIM, pixels: Tensor):
-    theirs = transformers_model(vision_model_of_backbone(mim.state_dict(), TINY, None))
+    theirs = transformers_model(vision_model(mim.state_dict(), TINY))
     with torch.no_grad():
         features, found = mim.features(pixels), theirs(pixels)
     torch.testing.assert_close(found.last_hidden_state[:, 1:], features.patches, **EXACT)
@@ -171,20 +162,10 @@ def test_transformers_has_the_logits_of_a_classifier(name: str, pixels: Tensor):
 
 
 def test_a_model_card_says_what_is_known_and_leaves_the_licence_open():
-    facts = CardFacts(
-        title="A title",
-        what="What it is.",
-        library="timm",
-        task="image-feature-extraction",
-        sizes={"width": 768},
-        provenance={"fingerprint": "f" * 64, "tokenizer": None},
-        metrics={"loss": 2.34567891, "note": "a|b\nc"},
-        loading="import timm",
-    )
-    card = model_card(facts)
-    front = card.split("---")[1]
-    assert "library_name: timm" in front and re.search(r"^license:\s*(#.*)?$", front, re.M)
-    assert "```python\nimport timm\n```" in card
-    assert "| width | 768 |" in card and f"| fingerprint | {'f' * 64} |" in card
-    assert "| loss | 2.34568 |" in card and r"| note | a\|b c |" in card
-    assert "| tokenizer |" not in card and "\n# A title\n" in card
+    front = {"library_name": "timm", "pipeline_tag": "image-feature-extraction"}
+    header = {"fingerprint": "f" * 64, "metrics": {"loss": 2.5}}
+    card = model_card("A title", "What it is.", "import timm", front, header)
+    _, shown, text = card.split("---", 2)
+    assert "library_name: timm\n" in shown and re.search(r"^license:\s*(#.*)?$", shown, re.M)
+    assert "\n# A title\n" in text and "```python\nimport timm\n```" in text
+    assert json.loads(re.findall(r"```json\n(.*?)```", text, re.S)[0]) == header
