@@ -20,11 +20,16 @@ from jobs.reference.fixtures import (
     relative_difference,
 )
 from pipeline.training.optim import OptimConfig, build_optimizer, cosine_schedule, set_lr
-from pretrain.model.backbone import relative_position_index
 from pretrain.model.classifier import TABLE, Classifier
 from pretrain.model.mim import MIM, masked_patches, mim_loss
 from pretrain.model.official import INDEX, backbone_from_official, classifier_from_official
-from pretrain.model.positions import NUM_SPECIAL_ROWS, resize_position_table, spline_coordinates, table_grid
+from pretrain.model.positions import (
+    NUM_SPECIAL_ROWS,
+    relative_position_index,
+    resize_position_table,
+    spline_coordinates,
+    table_grid,
+)
 
 SCHEDULE = 1e-6  # float32's resolution, should the reference have been stored so
 

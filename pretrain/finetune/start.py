@@ -247,17 +247,8 @@ def _config(held: ClassifierConfig, goal: Goal) -> ClassifierConfig:
 
 def _classifier(tensors: Mapping[str, Tensor], held: ClassifierConfig, goal: Goal) -> Classifier:
     config = _config(held, goal)
-    state = classifier_from_backbone(
-        tensors,
-        config.backbone,
-        config.num_classes,
-        pooling=config.pooling,
-        head_init_scale=config.head_init_scale,
-        absolute_positions=config.absolute_positions,
-        relative_positions=config.relative_positions,
-    )
     model = Classifier(config)
-    model.load_state_dict(state)
+    model.load_state_dict(classifier_from_backbone(tensors, config))
     return model
 
 

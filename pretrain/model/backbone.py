@@ -6,6 +6,7 @@ Parameter names are those of the published pretraining checkpoints.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
+from pretrain.model.positions import RelativePositionBias
 from tokenizer.model.vit import LAYER_NORM_EPS, Block, PatchEmbed, drop_path_rates, rescale_residual_branches
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -73,8 +75,7 @@ class BackboneConfig:
             )
         if self.width % self.heads:
             raise InputError(
-                f"backbone.width {self.width} does not divide by {self.heads} heads; "
-                "change backbone.width or backbone.heads"
+                f"backbone.width {self.width} does not divide by {self.heads} heads; change either"
             )
         if not 0.0 <= self.drop_path < 1.0:
             raise InputError(f"backbone.drop_path is {self.drop_path}; choose a rate from 0 up to below 1")
@@ -137,53 +138,6 @@ class Features:
     patches: Tensor
 
 
-class RelativePositionBias(nn.Module):
-    """A learned attention bias per head and displacement, shared by all blocks; zero at the start."""
-
-    relative_position_index: Tensor
-
-    def __init__(self, grid: tuple[int, int], heads: int) -> None:
-        super().__init__()
-        index = relative_position_index(grid)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(num_displacements(grid), heads))
-        # A function of the grid, so no part of the state; exports to the official layout add it.
-        self.register_buffer("relative_position_index", index, persistent=False)
-
-    def forward(self) -> Tensor:
-        """Bias [1, H, T, T] for the attention logits, contiguous: fused kernels want a unit last stride."""
-        return gather_bias(self.relative_position_bias_table, self.relative_position_index)
-
-
-def gather_bias(table: Tensor, index: Tensor) -> Tensor:
-    """Bias [1, H, T, T] from a table [R, H] and the row of each pair of tokens, index [T, T]; contiguous."""
-    return table[index].permute(2, 0, 1).unsqueeze(0).contiguous()
-
-
-def num_displacements(grid: tuple[int, int]) -> int:
-    """Rows of a relative-position table: every displacement in the grid, and three that involve [CLS]."""
-    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
-
-
-def relative_position_index(grid: tuple[int, int]) -> Tensor:
-    """Table row for each (query, key) pair of tokens: [T, T] int64, in the published layout.
-
-    With d = query - key, patches use row (dy + rows - 1) * (2 * columns - 1) + dx + columns - 1.
-    The last three rows are [CLS] to patch, patch to [CLS], [CLS] to itself (reference.md §3).
-    """
-    rows, columns = grid
-    patch = torch.arange(rows * columns)
-    y, x = patch // columns, patch % columns
-    dy = y[:, None] - y[None, :] + rows - 1
-    dx = x[:, None] - x[None, :] + columns - 1
-    first_special = num_displacements(grid) - 3
-    index = torch.empty(rows * columns + 1, rows * columns + 1, dtype=torch.int64)
-    index[1:, 1:] = dy * (2 * columns - 1) + dx
-    index[0, 1:] = first_special
-    index[1:, 0] = first_special + 1
-    index[0, 0] = first_special + 2
-    return index
-
-
 class Backbone(nn.Module):
     """ViT with one relative-position table added in every block, and no absolute positions.
 
@@ -201,16 +155,7 @@ class Backbone(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.patch_embed = PatchEmbed(config.patch_size, 3, width)
         self.rel_pos_bias = RelativePositionBias(config.grid, config.heads)
-        self.blocks = nn.ModuleList(
-            Block(
-                width,
-                config.heads,
-                mlp_ratio=config.mlp_ratio,
-                layer_scale_init=config.layer_scale_init,
-                drop_path=rate,
-            )
-            for rate in drop_path_rates(config.drop_path, config.depth)
-        )
+        self.blocks = transformer_blocks(config, drop_path_rates(config.drop_path, config.depth))
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         # On the model's device, where making them anew for every batch would wait for the GPU.
         self.register_buffer("pixel_mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
@@ -223,11 +168,7 @@ class Backbone(nn.Module):
 
     def embed(self, pixels: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens [B, T, D] of normalised pixels [B, 3, S, S]; the mask token where mask [B, N] bool holds."""
-        expected = (3, self.config.image_size, self.config.image_size)
-        if pixels.shape[1:] != expected:
-            raise ValueError(
-                f"pixels are {tuple(pixels.shape[1:])} each, the backbone was built for {expected}"
-            )
+        check_pixels(pixels, self.config.image_size)
         x = self.patch_embed(pixels)
         if mask is not None:
             x = torch.where(mask[:, :, None], self.mask_token, x)
@@ -251,6 +192,27 @@ class Backbone(nn.Module):
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images [B, 3, S, S] or [B, S, S, 3] -> float32 [B, 3, S, S], as in its training."""
         return normalize_images(images, self.pixel_mean, self.pixel_std)
+
+
+def transformer_blocks(config: BackboneConfig, rates: Sequence[float]) -> nn.ModuleList:
+    """Blocks of this width, one for each rate of stochastic depth."""
+    return nn.ModuleList(
+        Block(
+            config.width,
+            config.heads,
+            mlp_ratio=config.mlp_ratio,
+            layer_scale_init=config.layer_scale_init,
+            drop_path=rate,
+        )
+        for rate in rates
+    )
+
+
+def check_pixels(pixels: Tensor, image_size: int) -> None:
+    """ValueError unless pixels are [B, 3, S, S] of this size."""
+    expected = (3, image_size, image_size)
+    if pixels.shape[1:] != expected:
+        raise ValueError(f"pixels are {tuple(pixels.shape[1:])} each, the model was built for {expected}")
 
 
 def normalize_images(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

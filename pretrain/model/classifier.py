@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
-from pretrain.model.backbone import (
-    BackboneConfig,
+from pretrain.model.backbone import BackboneConfig, check_pixels, normalize_images, transformer_blocks
+from pretrain.model.positions import (
     RelativePositionBias,
     gather_bias,
-    normalize_images,
     num_displacements,
     relative_position_index,
+    resize_absolute_positions,
+    resize_position_table,
+    table_grid,
 )
-from pretrain.model.positions import resize_absolute_positions, resize_position_table, table_grid
 from tokenizer.model.vit import (
     LAYER_NORM_EPS,
     Block,
@@ -88,16 +89,7 @@ class Classifier(nn.Module):
         self.rel_pos_bias: RelativePositionBias | None = None
         if config.relative_positions == "shared":
             self.rel_pos_bias = RelativePositionBias(backbone.grid, backbone.heads)
-        self.blocks = nn.ModuleList(
-            Block(
-                width,
-                backbone.heads,
-                mlp_ratio=backbone.mlp_ratio,
-                layer_scale_init=backbone.layer_scale_init,
-                drop_path=rate,
-            )
-            for rate in drop_path_rates(backbone.drop_path, backbone.depth)
-        )
+        self.blocks = transformer_blocks(backbone, drop_path_rates(backbone.drop_path, backbone.depth))
         if config.relative_positions == "per_block":
             for block in self.blocks:
                 assert isinstance(block, Block)
@@ -144,11 +136,7 @@ class Classifier(nn.Module):
 
     def layer_outputs(self, pixels: Tensor, until: int | None = None) -> list[Tensor]:
         """Tokens [B, T, D] after each block, or after each of the first `until`, before any norm."""
-        expected = (3, self.config.backbone.image_size, self.config.backbone.image_size)
-        if pixels.shape[1:] != expected:
-            raise ValueError(
-                f"pixels are {tuple(pixels.shape[1:])} each, the classifier was built for {expected}"
-            )
+        check_pixels(pixels, self.config.backbone.image_size)
         x = self.patch_embed(pixels)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         if self.pos_embed is not None:
@@ -187,58 +175,41 @@ class Classifier(nn.Module):
                 self.head.weight.mul_(self.config.head_init_scale)
 
 
-def classifier_from_backbone(
-    state: Mapping[str, Tensor],
-    backbone: BackboneConfig,
-    num_classes: int,
-    *,
-    pooling: Pooling = "mean",
-    head_init_scale: float = 0.001,
-    absolute_positions: bool = False,
-    relative_positions: RelativePositions = "per_block",
-) -> dict[str, Tensor]:
-    """The complete state of a `Classifier` with these settings that starts from pretrained weights.
+def classifier_from_backbone(state: Mapping[str, Tensor], config: ClassifierConfig) -> dict[str, Tensor]:
+    """The complete state of a `Classifier` of this config that starts from pretrained weights.
 
-    `backbone` describes the classifier; its image size may differ from the pretraining's, whose grid is read
-    off the state. As in the published code: the shared position table is copied into every block, tables are
-    resized where the grid differs, heads and mask token are left behind. With mean pooling the pretrained
-    final norm is dropped, too, and fc_norm starts as one and zero; with [CLS] pooling the norm stays. The
-    head starts fresh, drawn from torch's generator. A state that was fine-tuned before (intermediate
-    fine-tuning) keeps its own tables and fc_norm, and its head if that has as many classes.
+    Its image size may differ from the pretraining's, whose grid is read off the state. As in the published
+    code: the shared position table is copied into every block, tables are resized where the grid differs,
+    heads and mask token are left behind. With mean pooling the pretrained final norm is dropped, too, and
+    fc_norm starts as one and zero; with [CLS] pooling the norm stays. The head starts fresh, drawn from
+    torch's generator. A state that was fine-tuned before (intermediate fine-tuning) keeps its own tables and
+    fc_norm, and its head if that has as many classes.
 
     Raises InputError that names the first tensor that is missing, of another shape, or left over.
     """
-    config = ClassifierConfig(
-        backbone=backbone,
-        num_classes=num_classes,
-        pooling=pooling,
-        head_init_scale=head_init_scale,
-        absolute_positions=absolute_positions,
-        relative_positions=relative_positions,
-    )
     with torch.device("meta"):  # names and shapes only
-        wanted = Classifier(config).state_dict()
+        expected = Classifier(config).state_dict()
     fresh = _fresh_head(config)
-    grid = backbone.grid[0]
+    grid = config.backbone.grid[0]
     shared = _to_grid(state[SHARED_TABLE], grid) if SHARED_TABLE in state else None
     converted: dict[str, Tensor] = {}
-    for key, tensor in wanted.items():
-        found, shape = state.get(key), tensor.shape
+    for key, shape in ((key, tensor.shape) for key, tensor in expected.items()):
+        tensor = state.get(key)
         if key.endswith(TABLE):
-            found = shared if found is None else _to_grid(found, grid)
+            tensor = shared if tensor is None else _to_grid(tensor, grid)
             # Blocks must not share memory: each table is trained on its own.
-            found = None if found is None else found.clone()
-        elif key == "pos_embed" and found is not None:
-            found = resize_absolute_positions(found, grid)
-        elif key in fresh and (found is None or found.shape != shape):
-            found = fresh[key]
-        if found is None or found.shape != shape:
-            held = "absent" if found is None else "x".join(map(str, found.shape))
+            tensor = None if tensor is None else tensor.clone()
+        elif key == "pos_embed" and tensor is not None:
+            tensor = resize_absolute_positions(tensor, grid)
+        elif key in fresh and (tensor is None or tensor.shape != shape):
+            tensor = fresh[key]
+        if tensor is None or tensor.shape != shape:
+            given = "absent" if tensor is None else "x".join(map(str, tensor.shape))
             raise InputError(
-                f"{key} is {held} in the weights, but {'x'.join(map(str, shape))} in the classifier; "
+                f"{key} is {given} in the weights, but {'x'.join(map(str, shape))} in the classifier; "
                 "the backbone's config and its weights do not belong together"
             )
-        converted[key] = found
+        converted[key] = tensor
     for key in state:
         known = key in converted or key.startswith((*_PRETRAINING_ONLY, "head.", "fc_norm."))
         if not known and not key.endswith("relative_position_index"):

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
-from pretrain.model.backbone import Backbone, BackboneConfig, init_module
-from tokenizer.model.vit import LAYER_NORM_EPS, Block, drop_path_rates, rescale_residual_branches
+from pretrain.model.backbone import Backbone, BackboneConfig, init_module, transformer_blocks
+from tokenizer.model.vit import LAYER_NORM_EPS, drop_path_rates, rescale_residual_branches
 
 # Shapes below: B images, N patches, T = N + 1 tokens, D width, K codes, M masked patches of the whole batch.
 
@@ -187,16 +187,7 @@ def _aggregation_blocks(
     if head_depth < 1:
         raise InputError(f"patch_aggregation.head_depth is {head_depth}; choose at least 1, or layer null")
     rates = drop_path_rates(config.drop_path, max(config.depth, layer + head_depth))
-    return nn.ModuleList(
-        Block(
-            config.width,
-            config.heads,
-            mlp_ratio=config.mlp_ratio,
-            layer_scale_init=config.layer_scale_init,
-            drop_path=rate,
-        )
-        for rate in rates[layer : layer + head_depth]
-    )
+    return transformer_blocks(config, rates[layer : layer + head_depth])
 
 
 def _select(tokens: Tensor, masked: Tensor) -> Tensor:

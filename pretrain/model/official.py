@@ -22,11 +22,15 @@ from pretrain.model.backbone import (
     IMAGENET_STD,
     Backbone,
     BackboneConfig,
-    relative_position_index,
 )
 from pretrain.model.classifier import SHARED_TABLE, TABLE, Classifier, ClassifierConfig
 from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
-from pretrain.model.positions import resize_absolute_positions, resize_position_table, table_grid
+from pretrain.model.positions import (
+    relative_position_index,
+    resize_absolute_positions,
+    resize_position_table,
+    table_grid,
+)
 from tokenizer.model.official import HEAD_DIM, PER_CHANNEL
 
 INDEX = "relative_position_index"

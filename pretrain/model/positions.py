@@ -1,6 +1,6 @@
-"""Position tables for another grid: how a backbone goes to a resolution it was not pretrained at.
+"""Relative positions (reference.md §3), and position tables for another grid than that of pretraining.
 
-The rules of the official fine-tuning code (reference.md §6.1), so that tables agree with its tables.
+Resizing follows the official fine-tuning code (reference.md §6.1), so that tables agree with its tables.
 """
 
 from __future__ import annotations
@@ -12,12 +12,58 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.interpolate import RectBivariateSpline
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import InputError
-from pretrain.model.backbone import num_displacements
 
 NUM_SPECIAL_ROWS = 3  # [CLS] to patch, patch to [CLS], [CLS] to itself: the last rows of every table
+
+
+class RelativePositionBias(nn.Module):
+    """A learned attention bias per head and displacement, shared by all blocks; zero at the start."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, grid: tuple[int, int], heads: int) -> None:
+        super().__init__()
+        index = relative_position_index(grid)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(num_displacements(grid), heads))
+        # A function of the grid, so no part of the state; exports to the official layout add it.
+        self.register_buffer("relative_position_index", index, persistent=False)
+
+    def forward(self) -> Tensor:
+        """Bias [1, H, T, T] for the attention logits, contiguous: fused kernels want a unit last stride."""
+        return gather_bias(self.relative_position_bias_table, self.relative_position_index)
+
+
+def gather_bias(table: Tensor, index: Tensor) -> Tensor:
+    """Bias [1, H, T, T] from a table [R, H] and the row of each pair of tokens, index [T, T]; contiguous."""
+    return table[index].permute(2, 0, 1).unsqueeze(0).contiguous()
+
+
+def num_displacements(grid: tuple[int, int]) -> int:
+    """Rows of a relative-position table: every displacement in the grid, and three that involve [CLS]."""
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+
+
+def relative_position_index(grid: tuple[int, int]) -> Tensor:
+    """Table row for each (query, key) pair of tokens: [T, T] int64, in the published layout.
+
+    With d = query - key, patches use row (dy + rows - 1) * (2 * columns - 1) + dx + columns - 1.
+    The last three rows are [CLS] to patch, patch to [CLS], [CLS] to itself (reference.md §3).
+    """
+    rows, columns = grid
+    patch = torch.arange(rows * columns)
+    y, x = patch // columns, patch % columns
+    dy = y[:, None] - y[None, :] + rows - 1
+    dx = x[:, None] - x[None, :] + columns - 1
+    first_special = num_displacements(grid) - 3
+    index = torch.empty(rows * columns + 1, rows * columns + 1, dtype=torch.int64)
+    index[1:, 1:] = dy * (2 * columns - 1) + dx
+    index[0, 1:] = first_special
+    index[1:, 0] = first_special + 1
+    index[0, 0] = first_special + 2
+    return index
 
 
 def resize_position_table(table: Tensor, grid_from: int, grid_to: int) -> Tensor:

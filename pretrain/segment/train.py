@@ -525,14 +525,7 @@ def _model(config: SegmentationConfig, start: _Start) -> Segmenter:
     shape = dataclasses.replace(start.shape, backbone=size, num_classes=0, pooling="mean")
     backbone = Classifier(shape)
     if start.weights is not None:
-        converted = classifier_from_backbone(
-            start.weights,
-            size,
-            0,
-            absolute_positions=shape.absolute_positions,
-            relative_positions=shape.relative_positions,
-        )
-        backbone.load_state_dict(converted)
+        backbone.load_state_dict(classifier_from_backbone(start.weights, shape))
     return Segmenter(backbone, config.head, config.num_classes)
 
 

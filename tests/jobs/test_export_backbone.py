@@ -20,7 +20,7 @@ from pretrain.model.artifacts import save_backbone, save_classifier
 from pretrain.model.backbone import Backbone, BackboneConfig
 from pretrain.model.classifier import Classifier, ClassifierConfig
 from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
-from pretrain.model.official import classifier_from_official, official_finetuning
+from pretrain.model.official import official_finetuning
 from tokenizer.model.artifact import METRICS, save_tokenizer
 from tokenizer.model.official import published_teacher, vqkd_from_official
 
@@ -121,20 +121,6 @@ def test_transformers_classifies_and_prepares_images(tmp_path: Path, classifier:
     assert found["model"].config.id2label == dict(enumerate(NAMES))
     _, told = found["BeitForImageClassification"].from_pretrained(folder, output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"]
-
-
-def test_another_image_size(tmp_path: Path, classifier: tuple[Classifier, str]):
-    import timm
-
-    _, url = classifier
-    folder = export(url, tmp_path / "out", "timm", image_size=40)
-    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    state = safetensors.torch.load_file(folder / "model.safetensors")
-    ours = classifier_from_official(state, "export")
-    assert ours.config.backbone.image_size == 40
-    pixels = torch.randn(1, 3, 40, 40)
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(pixels), ours(pixels), **EXACT)
 
 
 def test_the_official_layouts_of_a_backbone(tmp_path: Path, backbone: tuple[MIM, str]):

@@ -151,18 +151,6 @@ def _of_a_resnet(path: Path, state: dict[str, Tensor]) -> None:
     checkpoint(path, {"conv1.weight": torch.zeros(64, 3, 7, 7), "bn1.weight": torch.zeros(64)})
 
 
-def _misshapen(path: Path, state: dict[str, Tensor]) -> None:
-    checkpoint(path, {**state, "blocks.4.attn.qkv.weight": torch.zeros(72, 23)})
-
-
-def _incomplete(path: Path, state: dict[str, Tensor]) -> None:
-    checkpoint(path, {key: value for key, value in state.items() if key != "blocks.2.norm2.bias"})
-
-
-def _with_more(path: Path, state: dict[str, Tensor]) -> None:
-    checkpoint(path, {**state, "blocks.0.attn.extra": torch.zeros(1)})
-
-
 def _with_code(path: Path, state: dict[str, Tensor]) -> None:
     checkpoint(path, {**state, "blocks.0.norm1.bias": Trap(path.with_name("victim"))})
 
@@ -172,9 +160,6 @@ def _with_code(path: Path, state: dict[str, Tensor]) -> None:
     [
         (_truncated, "cut or damaged"),
         (_of_a_resnet, r"conv1\.weight is no key of BEiT v2"),
-        (_misshapen, r"blocks\.4\.attn\.qkv\.weight is 72x23, but 72x24"),
-        (_incomplete, r"blocks\.2\.norm2\.bias is missing"),
-        (_with_more, r"blocks\.0\.attn\.extra has no place"),
         (_with_code, r"asks for \S*open, which could run code; nothing was executed"),
         (lambda path, state: None, "no such file"),
     ],

@@ -10,8 +10,9 @@ from torch import nn
 
 from pipeline.errors import InputError
 from pretrain.model.artifacts import load_backbone, load_mim, read_backbone_header, save_backbone
-from pretrain.model.backbone import Backbone, BackboneConfig, BackboneSize, relative_position_index
+from pretrain.model.backbone import Backbone, BackboneConfig, BackboneSize
 from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
+from pretrain.model.positions import relative_position_index
 
 CONFIG = BackboneConfig(image_size=24, patch_size=4, width=32, depth=3, heads=4)
 
@@ -68,30 +69,6 @@ def test_features_are_timms_with_a_shared_table():
         expected = theirs.forward_features(pixels)
     torch.testing.assert_close(features.cls, expected[:, 0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(features.patches, expected[:, 1:], rtol=1e-5, atol=1e-5)
-
-
-def test_attention_matches_the_written_out_formula_and_the_bias_learns():
-    """Block by block against softmax(q k / sqrt(d) + bias) v, and the same bias in every block."""
-    model = Backbone(CONFIG).eval()
-    shaken(model)
-    pixels = torch.randn(2, 3, 24, 24)
-    table = model.rel_pos_bias.relative_position_bias_table
-    bias = table[relative_position_index(CONFIG.grid)].permute(2, 0, 1)
-    x = model.embed(pixels)
-    for block, output in zip(model.blocks, model.layer_outputs(pixels), strict=True):
-        weights = dict(block.named_parameters())
-        inner = torch.cat([weights["attn.q_bias"], torch.zeros(32), weights["attn.v_bias"]])
-        qkv = block.norm1(x) @ weights["attn.qkv.weight"].T + inner
-        q, k, v = (part.view(2, -1, 4, 8).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
-        attention = (q * 8**-0.5 @ k.transpose(-2, -1) + bias).softmax(dim=-1)
-        mixed = (attention @ v).transpose(1, 2).flatten(2)
-        x = x + weights["gamma_1"] * (mixed @ weights["attn.proj.weight"].T + weights["attn.proj.bias"])
-        x = x + weights["gamma_2"] * block.mlp(block.norm2(x))
-        torch.testing.assert_close(output, x, rtol=1e-4, atol=1e-5)
-
-    features = model.features(pixels)
-    (features.cls.square().sum() + features.patches.square().sum()).backward()
-    assert table.grad is not None and (table.grad.abs().sum(dim=1) > 0).all()
 
 
 def test_mask_token_replaces_masked_patches_and_nothing_else():

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import InputError
 from pretrain.model.backbone import BackboneConfig, BackboneSize
@@ -16,6 +18,13 @@ from pretrain.model.positions import resize_position_table
 from tokenizer.model.vit import VisionTransformer
 
 BACKBONE = BackboneConfig(image_size=24, patch_size=6, width=32, depth=3, heads=4)
+
+
+def start(
+    state: Mapping[str, Tensor], backbone: BackboneConfig = BACKBONE, num_classes: int = 5, **settings: Any
+) -> dict[str, Tensor]:
+    config = ClassifierConfig(backbone=backbone, num_classes=num_classes, **settings)
+    return classifier_from_backbone(state, config)
 
 
 def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -120,16 +129,6 @@ def test_start_values_are_the_published_ones():
     assert parameters["head.weight"].std().item() == pytest.approx(0.02 * 0.001, rel=0.02)
 
 
-def test_drop_path_grows_with_depth_and_acts_in_training_only():
-    backbone = dataclasses.replace(BACKBONE, drop_path=0.4)
-    model = shaken(Classifier(ClassifierConfig(backbone=backbone, num_classes=5)))
-    assert [block.drop_path for block in model.blocks] == pytest.approx([0.0, 0.2, 0.4])  # type: ignore[union-attr]
-    pixels = torch.randn(32, 3, 24, 24)
-    assert torch.equal(model(pixels), model(pixels))
-    model.train()
-    assert not torch.equal(model(pixels), model(pixels))
-
-
 def test_every_parameter_gets_a_gradient():
     model = build()
     nn.functional.cross_entropy(model(torch.randn(4, 3, 24, 24)), torch.tensor([0, 1, 2, 3])).backward()
@@ -161,7 +160,7 @@ def test_layers_and_sizes_that_do_not_exist_are_errors():
 def test_a_classifier_starts_as_the_backbone_it_comes_from():
     mim, model = pretrained(), build().eval()
     torch.manual_seed(0)
-    converted = classifier_from_backbone(mim.state_dict(), BACKBONE, 5)
+    converted = start(mim.state_dict())
     model.load_state_dict(converted)
     pixels = torch.randn(2, 3, 24, 24)
     outputs = mim.layer_outputs(pixels)
@@ -177,7 +176,7 @@ def test_a_classifier_starts_as_the_backbone_it_comes_from():
 @torch.no_grad()
 def test_cls_pooling_keeps_the_final_norm():
     mim, model = pretrained(), build(pooling="cls").eval()
-    model.load_state_dict(classifier_from_backbone(mim.state_dict(), BACKBONE, 5, pooling="cls"))
+    model.load_state_dict(start(mim.state_dict(), pooling="cls"))
     pixels = torch.randn(2, 3, 24, 24)
     torch.testing.assert_close(model.pooled(pixels), mim.features(pixels).cls, rtol=1e-5, atol=1e-5)
 
@@ -185,15 +184,15 @@ def test_cls_pooling_keeps_the_final_norm():
 def test_every_block_gets_a_table_of_its_own_at_the_new_resolution():
     state = pretrained(image_size=18).state_dict()  # 3 x 3 patches
     table = state["rel_pos_bias.relative_position_bias_table"]
-    converted = classifier_from_backbone(state, BACKBONE, 5)
+    converted = start(state)
     tables = [converted[f"blocks.{i}.attn.relative_position_bias_table"] for i in range(3)]
     for found in tables:
         assert torch.equal(found, resize_position_table(table, 3, 4))
     assert len({found.data_ptr() for found in tables}) == 3
-    same_grid = classifier_from_backbone(pretrained().state_dict(), BACKBONE, 5)
+    same_grid = start(pretrained().state_dict())
     tables = [same_grid[f"blocks.{i}.attn.relative_position_bias_table"] for i in range(3)]
     assert len({found.data_ptr() for found in tables}) == 3
-    shared = classifier_from_backbone(state, BACKBONE, 5, relative_positions="shared")
+    shared = start(state, relative_positions="shared")
     expected = resize_position_table(table, 3, 4)
     assert torch.equal(shared["rel_pos_bias.relative_position_bias_table"], expected)
     assert not any(key.startswith("blocks.") and "table" in key for key in shared)
@@ -202,9 +201,9 @@ def test_every_block_gets_a_table_of_its_own_at_the_new_resolution():
 def test_a_fine_tuned_state_keeps_what_it_learned():
     """Intermediate fine-tuning, then other classes or another resolution."""
     state = shaken(build(num_classes=5)).state_dict()
-    again = classifier_from_backbone(state, BACKBONE, 5)
+    again = start(state)
     assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state)
-    other = classifier_from_backbone(state, dataclasses.replace(BACKBONE, image_size=36), 7)
+    other = start(state, dataclasses.replace(BACKBONE, image_size=36), num_classes=7)
     assert other["head.weight"].shape == (7, 32) and other["head.weight"].abs().max() < 2e-4
     assert torch.equal(other["fc_norm.weight"], state["fc_norm.weight"])
     for i in range(3):
@@ -216,7 +215,7 @@ def test_absolute_positions_are_resized():
     settings = {"absolute_positions": True, "relative_positions": "none"}
     state = shaken(build(**settings)).state_dict()
     larger = dataclasses.replace(BACKBONE, image_size=36)
-    converted = classifier_from_backbone(state, larger, 5, **settings)  # type: ignore[arg-type]
+    converted = start(state, larger, **settings)  # type: ignore[arg-type]
     assert converted["pos_embed"].shape == (1, 37, 32)
     assert torch.equal(converted["pos_embed"][:, 0], state["pos_embed"][:, 0])
 
@@ -230,10 +229,7 @@ def test_the_tokenizers_encoder_is_fine_tuned_as_the_same_class():
         backbone=backbone, num_classes=5, absolute_positions=True, relative_positions="none"
     )
     model = Classifier(config).eval()
-    state = classifier_from_backbone(
-        encoder.state_dict(), backbone, 5, absolute_positions=True, relative_positions="none"
-    )
-    model.load_state_dict(state)
+    model.load_state_dict(classifier_from_backbone(encoder.state_dict(), config))
     pixels = torch.randn(2, 3, 24, 24)
     torch.testing.assert_close(model.forward_tokens(pixels)[:, 1:], encoder(pixels), rtol=1e-5, atol=1e-5)
 
@@ -250,4 +246,4 @@ def test_the_tokenizers_encoder_is_fine_tuned_as_the_same_class():
 )
 def test_weights_of_another_model_are_refused(change: dict[str, float], named: str):
     with pytest.raises(InputError, match=named):
-        classifier_from_backbone(pretrained().state_dict(), dataclasses.replace(BACKBONE, **change), 5)  # type: ignore[arg-type]
+        start(pretrained().state_dict(), dataclasses.replace(BACKBONE, **change))  # type: ignore[arg-type]

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.errors import InputError
@@ -22,7 +19,6 @@ from pretrain.model.official import (
     kind_of,
     official_finetuning,
     official_pretraining,
-    per_block_tables,
 )
 from pretrain.model.positions import resize_position_table
 
@@ -110,21 +106,6 @@ def test_a_finetuned_vqkd_encoder_has_absolute_positions_only():
     assert classifier_from_official(given, "file", heads=4).config.backbone.heads == 4
 
 
-def test_a_state_made_by_the_official_code_gives_the_official_logits(shared_dir: Path):
-    folder = shared_dir / "reference" / "fixtures"
-    given = load_file(str(folder / "mim_tiny_cls_shared_init.safetensors"))
-    with np.load(folder / "mim_tiny_cls_shared_io.npz") as arrays:
-        io = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    model = backbone_from_official(given, "file", layer=3)
-    assert isinstance(model, MIM)
-    with torch.no_grad():
-        out = model(io["images"], io["mask"])
-    assert out.logits_cls is not None
-    torch.testing.assert_close(out.logits, io["logits1_masked"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(out.logits_cls, io["logits2_masked"], rtol=1e-5, atol=1e-5)
-    same(official_pretraining(model.state_dict(), model.config), given)
-
-
 @pytest.mark.parametrize(
     ("names", "kind"),
     [
@@ -206,21 +187,6 @@ def mim() -> MIM:
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return model
-
-
-def test_a_table_in_every_block_changes_no_feature(mim: MIM):
-    converted = per_block_tables(mim.state_dict(), mim.config)
-    assert not any(key.startswith(("lm_head", "cls_pt", "mask_token", "rel_pos")) for key in converted)
-    config = ClassifierConfig(backbone=mim.config, num_classes=0, pooling="cls")
-    classifier = Classifier(config).eval()
-    classifier.load_state_dict(converted)
-    pixels = torch.randn(2, 3, 16, 16)
-    with torch.no_grad():
-        features, tokens = mim.features(pixels), classifier.forward_tokens(pixels)
-    torch.testing.assert_close(tokens[:, 0], features.cls)
-    torch.testing.assert_close(tokens[:, 1:], features.patches)
-    tables = [value for key, value in converted.items() if key.endswith("bias_table")]
-    assert len(tables) == 3 and len({table.data_ptr() for table in tables}) == 3
 
 
 def test_another_image_size_resizes_positions_and_nothing_else(mim: MIM):

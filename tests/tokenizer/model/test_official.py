@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
@@ -81,23 +80,6 @@ def test_the_published_teachers_are_known_by_their_dimension():
     assert published_teacher(512)["name"] == "open_clip:ViT-B-16"
     assert published_teacher(768)["name"] == "timm:vit_base_patch16_224.dino"
     assert published_teacher(108)["name"] == "unknown"
-
-
-def test_a_state_made_by_the_official_code_gives_the_official_codes(shared_dir: Path):
-    """The small model of the reference values, which has other sizes than any published file."""
-    folder = shared_dir / "reference" / "fixtures"
-    given = {
-        key: tensor
-        for key, tensor in load_file(str(folder / "vqkd_tiny_randcode_init.safetensors")).items()
-        if not key.startswith(DROPPED)
-    }
-    with np.load(folder / "vqkd_tiny_randcode_train_io.npz") as arrays:
-        pixels, codes = (torch.from_numpy(arrays[name]) for name in ("preprocessed", "codes"))
-    model = vqkd_from_official(given, "file", heads=4)
-    assert model.config.image_size == pixels.shape[-1]
-    assert official_vqkd(model.state_dict()).keys() == given.keys()
-    with torch.no_grad():
-        assert torch.equal(model.encode(pixels), codes)
 
 
 @pytest.mark.parametrize(

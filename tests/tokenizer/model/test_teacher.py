@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from pipeline import storage
 from pipeline.errors import InputError
 from tokenizer.model.hog import Hog
 from tokenizer.model.teacher import TeacherConfig, build_teacher, hash_tensors
@@ -81,14 +80,6 @@ def test_a_teacher_stays_frozen_and_in_evaluation_mode(cifar: TeacherConfig):
     teacher = build_teacher(cifar, 32, 4).train()
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-
-
-def test_images_of_another_size_are_resized_when_grids_agree(cifar: TeacherConfig):
-    teacher = build_teacher(cifar, 64, 8)
-    pixels = pictures(64)
-    small = F.interpolate(pixels.float() / 255, (32, 32), mode="bicubic", antialias=True).clamp(0, 1)
-    expected = teacher.body((small - teacher.mean) / teacher.std)
-    torch.testing.assert_close(teacher(pixels), expected)
 
 
 def test_input_size_resamples_the_positions(cifar: TeacherConfig):
@@ -177,12 +168,6 @@ def test_clip_targets_are_the_references(clip: TeacherConfig, shared_dir: Path):
     torch.testing.assert_close(teacher(pixels), by_hand)
 
 
-def test_quick_gelu_is_not_gelu(clip: TeacherConfig):
-    plain = build_teacher(TeacherConfig(**{**vars(clip), "force_quick_gelu": False}), 64, 16)
-    difference = (plain(pictures(64)) - build_teacher(clip, 64, 16)(pictures(64))).abs().max()
-    assert difference > 1e-3
-
-
 def test_clip_weights_from_pt_and_at_another_size(clip: TeacherConfig):
     pt = TeacherConfig(**{**vars(clip), "pretrained": clip.pretrained.replace(".safetensors", ".pt")})  # type: ignore[union-attr]
     assert build_teacher(pt, 64, 16).fingerprint == build_teacher(clip, 64, 16).fingerprint
@@ -190,13 +175,6 @@ def test_clip_weights_from_pt_and_at_another_size(clip: TeacherConfig):
     assert larger.grid == 6 and larger(pictures(96)).shape == (2, 36, 512)
     with pytest.raises(InputError, match=r"4x4.*6x6"):
         build_teacher(clip, 96, 16)
-
-
-def test_weights_are_read_through_the_storage_door(clip: TeacherConfig):
-    url = "memory://teachers/clip.safetensors"
-    storage.put(url, storage.read(str(clip.pretrained)))
-    remote = TeacherConfig(**{**vars(clip), "pretrained": url})
-    assert build_teacher(remote, 64, 16).fingerprint == build_teacher(clip, 64, 16).fingerprint
 
 
 # ------------------------------------------------------------------------------------------------ refusals

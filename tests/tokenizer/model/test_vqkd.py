@@ -113,31 +113,6 @@ def test_teacher_loss_is_one_minus_the_mean_cosine():
     assert float(teacher_loss(7.0 * target, target)) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_encode_needs_no_decoder():
-    model = small_model(kmeans_init=False).eval()
-    encoder = VQKD(model.config, None).eval()
-    encoder.load_state_dict({n: t for n, t in model.state_dict().items() if not n.startswith("decode")})
-    pixels = torch.rand(2, 3, 16, 16)
-    assert torch.equal(encoder.encode(pixels), model.encode(pixels))
-
-
-def test_training_lowers_the_loss():
-    torch.manual_seed(0)
-    model = small_model().train()
-    pixels, target = torch.rand(16, 3, 16, 16) * 2 - 1, torch.randn(16, 16, 6)
-    model.start_codebook_([pixels], ALONE, seed=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(60):
-        out = model(pixels, target)
-        optimizer.zero_grad()
-        out.loss.backward()
-        optimizer.step()
-        model.quantize.update_(out.code_sums, ALONE)
-        losses.append(out.loss.item())
-    assert losses[-1] < 0.8 * losses[0]
-
-
 # ------------------------------------------------------------------------------------------------ start
 
 
@@ -154,14 +129,6 @@ def test_the_codebook_start_takes_as_many_batches_as_it_needs():
     assert start == CodebookStart(tokens=96, wanted=64, batches=2) and start.enough
     assert seen == [0, 1] and not model.quantize.needs_kmeans
     assert "96 tokens, gathered over 2 batches because one has too few" in str(start)
-
-
-def test_a_start_with_fewer_tokens_than_codes_gathers_more_batches():
-    """One image is 16 tokens for 40 codes; after ten images there are four tokens for each."""
-    model = small_model(codebook_size=40)
-    start = model.start_codebook_(torch.rand(30, 1, 3, 16, 16), ALONE, seed=0)
-    assert start == CodebookStart(tokens=160, wanted=160, batches=10)
-    assert len({tuple(row) for row in model.quantize.codebook.tolist()}) == 40
 
 
 def test_a_start_from_too_few_tokens_is_said():
@@ -331,16 +298,3 @@ def test_resolved_configs_stand_alone():
 def test_impossible_configs_are_refused_by_name(settings: dict[str, float]):
     with pytest.raises(InputError, match=next(iter(settings)).removeprefix("decoder_")):
         VQKDConfig(**settings)  # type: ignore[arg-type]
-
-
-def test_position_of_a_patch_in_the_grid_is_its_position_in_the_image():
-    """Codes come row by row: with attention silenced, each code depends on its own patch only."""
-    model = small_model(kmeans_init=False).eval()
-    with torch.no_grad():
-        for block in model.encoder.blocks:
-            block.attn.proj.weight.zero_()  # type: ignore[union-attr]
-        pixels = torch.rand(1, 3, 16, 16)
-        changed = pixels.clone()
-        changed[:, :, 4:8, 8:12] += 1.0  # row 1, column 2 of the 4 x 4 grid
-        differs = (model.encode_features(pixels) - model.encode_features(changed)).abs().sum(-1)[0]
-    assert differs.nonzero().flatten().tolist() == [1 * 4 + 2]
