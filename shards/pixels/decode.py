@@ -8,46 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import PIL
 import simplejpeg
-from PIL import Image, ImageFile, UnidentifiedImageError, features
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, features
 
 from pipeline.errors import InputError
-from shards.pixels import bombs
 
 DECODE_VERSION = 1
 """Raised whenever the pixels of any image may change: crop boxes and codes are in this version's pixels."""
 
-REASONS = (
-    "empty",
-    "not_an_image",
-    "truncated",
-    "corrupt",
-    "too_large",
-    "unsupported",
-)
+REASONS = ("empty", "not_an_image", "truncated", "corrupt", "too_large", "unsupported")
 """Why `decode_image` refuses."""
 
-FORMATS = (
-    "JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "JPEG2000",
-    "BLP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "ICNS", "ICO", "IM", "MSP", "PCX", "PPM",
-    "PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA", "XBM", "XPM",
-)  # fmt: skip
-"""What is read, by Pillow's names (MPO counts as JPEG; PPM is all of PBM, PGM, PNM and PFM).
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM")
+"""Formats that are always read, by Pillow's names: MPO counts as JPEG, PPM is all of PBM, PGM, PNM and PFM.
+HEIC is read where pillow-heif is installed. Formats that are programs, such as EPS, never are."""
 
-Left out: EPS, which Ghostscript would have to run; WMF, BUFR, GRIB, HDF5 and MPEG, of which Pillow knows no
-more than the name; IPTC, FPX and MIC, which hold files of any other format; MCIDAS, PCD, PIXAR, XVTHUMB and
-IMT, which nobody writes. HEIC, JPEG XL, SVG and raw camera files are unknown to Pillow.
-"""
-
-_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2", "PPM": "pnm"}
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2", "PPM": "pnm", "HEIF": "heic"}
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\x00", b"MM\x00*", b"BM")
 _NOT_READ = {
     b"%!PS": "PostScript is a program; reading it would run it",
@@ -56,18 +42,19 @@ _NOT_READ = {
     b"\xff\x0a": "JPEG XL is not read",
     b"\0\0\0\x0cJXL ": "JPEG XL is not read",
 }
-_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
+_HEIC_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"))
 _HIGH_BIT_DEPTH = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _OPAQUE_WHITE = (255, 255, 255, 255)
 
-# A progressive JPEG may repeat scans over the whole image without end: 2 MB can cost hours. 64 scans over the
-# largest image are far more than any encoder writes.
-_MAX_JPEG_SCAN_PIXELS = 64 * 178_956_970
-# Pillow fills the rest of a line byte by byte: 1 kB took 18 s.
-_MAX_SLOW_PIXELS = 1 << 24
-_MAX_BYTES_PER_PIXEL = 8
+# Pillow bounds pixels, a PNG's text and a TIFF's tags. What else cost minutes or gigabytes, by measurement:
+_MAX_JPEG_SCAN_PIXELS = 64 * 178_956_970  # a progressive JPEG may repeat scans: 2 MB can cost hours
+_MAX_EXIF_PARTS = 100  # joined one by one: 4 MB in 400,000 parts took 2.4 s, growing with the square
 _MAX_EXIF_BYTES = 16 << 20
+_MAX_COMMENTS = 10_000  # of a plain PNM, which is copied for each: 1 MB with 500,000 took 9 s
+_MAX_SLOW_PIXELS = 1 << 24  # the rest of a run-length line is filled byte by byte: 1 kB took 18 s
+_MAX_BYTES_PER_PIXEL = 8
 _PIECE_PIXELS = 1 << 22
+_TILE_SIDES = (322, 323)  # tags of a TIFF
 
 
 class Rejected(Exception):
@@ -117,23 +104,19 @@ class DecodeConfig:
 
 def decode_recipe(config: DecodeConfig) -> dict[str, Any]:
     """What decides decoded pixels, for the recipe of an image dataset."""
-    settings = dataclasses.asdict(config)
-    window = None if config.window is None else list(config.window)
-    return {**settings, "percentile": list(config.percentile), "window": window, "version": DECODE_VERSION}
+    settings = {**dataclasses.asdict(config), "version": DECODE_VERSION}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
 def decode_config_of(recipe: dict[str, Any]) -> DecodeConfig:
     """The settings in a recipe; InputError where they are of another decode version."""
-    settings = dict(recipe)
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in recipe.items()}
     version = settings.pop("version")
     if version != DECODE_VERSION:
         raise InputError(
             f"the images were prepared with decode version {version}, this is {DECODE_VERSION}; prepare again"
         )
-    pairs: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
-    }
-    return DecodeConfig(**pairs)
+    return DecodeConfig(**settings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,8 +149,8 @@ def decode(data: bytes, config: DecodeConfig) -> DecodedImage:
             return DecodedImage(pixels=_upright_rgb(data, image, config), extension=extension)
     except Rejected:
         raise
-    # Decoders of some 30 formats meet bytes that may have been made to break them: whatever they raise, from
-    # SyntaxError to MemoryError, says the same thing about the file.
+    # Decoders meet bytes that may have been made to break them: whatever they raise, from SyntaxError to
+    # MemoryError, says the same thing about the file.
     except Exception as error:
         raise _classify(error, data) from None
 
@@ -183,102 +166,111 @@ def pixel_libraries() -> dict[str, str]:
 
 def _open(data: bytes, config: DecodeConfig) -> ImageFile.ImageFile:
     """The image with its header read and checked, its pixels not yet decoded."""
-    too_much = bombs.excess(data, config.max_pixels)
-    if too_much is not None:
-        raise Rejected("too_large", too_much)
+    _check_bytes(data, config)
     if Image.MAX_IMAGE_PIXELS is not None and config.max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
-        # Pillow's own guard is process-wide. It stays, because it also covers images inside images (ICO,
-        # ICNS), but must not be tighter than what was asked for.
+        # Pillow's own guard is process-wide; it must not be tighter than what was asked for.
         Image.MAX_IMAGE_PIXELS = config.max_pixels
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
-    _check_size(image, config)
+    formats = (*FORMATS, "HEIF") if _is_heic(data) and _reads_heic() else FORMATS
+    image = Image.open(io.BytesIO(data), formats=formats)
+    _check_size(*image.size, config)
     decoder = image.tile[0][0] if image.tile else ""
-    if image.format in ("JPEG", "MPO", "BLP"):
-        num_scans = data.count(
-            b"\xff\xda"
-        )  # escaped in coded data, so only markers (and those of thumbnails)
-        # the JPEG in a BLP has a size of its own
-        pixels = config.max_pixels if image.format == "BLP" else math.prod(image.size)
-        if num_scans * pixels > _MAX_JPEG_SCAN_PIXELS:
+    if image.format in ("JPEG", "MPO"):
+        # Escaped in coded data, so only markers count, and those of thumbnails.
+        num_scans = data.count(b"\xff\xda")
+        if num_scans * math.prod(image.size) > _MAX_JPEG_SCAN_PIXELS:
             raise Rejected("too_large", f"{num_scans} scans over {image.width} x {image.height} pixels")
-    elif decoder == "fits_gzip":
-        raise Rejected("unsupported", "compressed FITS, which takes its time by the size it claims")
+    elif isinstance(image, TiffImagePlugin.TiffImageFile):
+        width, length = (image.tag_v2.get(tag, 1) for tag in _TILE_SIDES)
+        _check_size(width, length, config)  # one tile may be larger than the image
     elif decoder == "bmp_rle" and math.prod(image.size) > _MAX_SLOW_PIXELS:
         raise Rejected("too_large", f"run-length coded BMP of {image.width} x {image.height} pixels")
-    elif decoder == "raw":
+    if decoder == "raw":
         # Pillow collects a row that is longer than a block by copying it for each block: 60 MB took 18 s.
         image.decodermaxblock = max(image.decodermaxblock, image.width * _MAX_BYTES_PER_PIXEL)
     return image
 
 
-def _check_size(image: Image.Image, config: DecodeConfig) -> None:
-    if math.prod(image.size) > config.max_pixels:
-        raise Rejected(
-            "too_large", f"{image.width} x {image.height} pixels, more than max_pixels {config.max_pixels}"
-        )
-    if min(image.size) < 1:
-        raise Rejected("corrupt", f"{image.width} x {image.height} pixels")
+def _check_bytes(data: bytes, config: DecodeConfig) -> None:
+    """Refuse what would already cost too much while its header is read."""
+    if data.startswith(b"\xff\xd8") and (parts := data.count(b"Exif\0\0")) > _MAX_EXIF_PARTS:
+        raise Rejected("too_large", f"EXIF in {parts} parts")
+    if data[:2] in (b"P1", b"P2", b"P3") and (comments := data.count(b"#")) > _MAX_COMMENTS:
+        raise Rejected("too_large", f"{comments} comments in a plain PNM")
+    if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X" and len(data) >= 30:
+        # Room for the canvas is made as soon as it is opened.
+        width, height = (int.from_bytes(data[place : place + 3], "little") + 1 for place in (24, 27))
+        _check_size(width, height, config)
 
 
-def _upright_rgb(data: bytes, image: Image.Image, config: DecodeConfig) -> np.ndarray:
+def _is_heic(data: bytes) -> bool:
+    """True where a file's brand, or one that it is compatible with, is one of HEIC."""
+    end = min(int.from_bytes(data[:4], "big"), 128)
+    brands = (data[place : place + 4] for place in (8, *range(16, end, 4)))
+    return data[4:8] == b"ftyp" and any(brand in _HEIC_BRANDS for brand in brands)
+
+
+@functools.cache
+def _reads_heic() -> bool:
+    """True where pillow-heif is installed; Pillow then knows its format."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener(thumbnails=False)
+    return True
+
+
+def _check_size(width: int, height: int, config: DecodeConfig) -> None:
+    if width * height > config.max_pixels:
+        raise Rejected("too_large", f"{width} x {height} pixels, more than max_pixels {config.max_pixels}")
+    if min(width, height) < 1:
+        raise Rejected("corrupt", f"{width} x {height} pixels")
+
+
+def _upright_rgb(data: bytes, image: ImageFile.ImageFile, config: DecodeConfig) -> np.ndarray:
     pixels = _plain_jpeg(data, image)
     if pixels is not None:
         return _transposed(pixels, _orientation(image))
     rawmode = _rawmode(image)
     image.load()
-    # The header of a container (ICO, ICNS) may have promised another size.
-    _check_size(image, config)
+    _check_size(*image.size, config)  # the header may have promised another one
     orientation = _orientation(image)
     if image.mode in _HIGH_BIT_DEPTH:
-        grey = _to_8_bits(_values(image), config)
+        grey = _to_8_bits(_assembled(image, np.asarray), config)
         return _transposed(np.repeat(grey[:, :, None], 3, axis=2), orientation)
     if ";16" in rawmode and config.high_bit_depth != "full_range":
-        raise Rejected(
-            "unsupported", f"16-bit colour is read with high_bit_depth full_range only ({rawmode})"
-        )
-    return _transposed(_rgb(image), orientation)
+        message = f"16-bit colour is read with high_bit_depth full_range only ({rawmode})"
+        raise Rejected("unsupported", message)
+    return _transposed(_assembled(image, _to_rgb), orientation)
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(piece: Image.Image) -> np.ndarray:
     """Pixels of a loaded image, uint8 [H, W, 3], composited on white where it has transparency."""
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
-    for rows, columns, piece in _pieces(image):
-        if piece.mode == "La":
-            piece = piece.convert("LA")  # premultiplied grey goes nowhere else
-        if (piece.mode != "P" or piece.palette is not None) and piece.has_transparency_data:
-            layer = piece.convert("RGBA")
-            piece = Image.alpha_composite(Image.new("RGBA", layer.size, _OPAQUE_WHITE), layer)
-        pixels[rows, columns] = np.asarray(piece.convert("RGB"))
-    return pixels
+    if piece.mode == "La":
+        piece = piece.convert("LA")  # premultiplied grey goes nowhere else
+    if (piece.mode != "P" or piece.palette is not None) and piece.has_transparency_data:
+        layer = piece.convert("RGBA")
+        piece = Image.alpha_composite(Image.new("RGBA", layer.size, _OPAQUE_WHITE), layer)
+    return np.asarray(piece.convert("RGB"))
 
 
-def _values(image: Image.Image) -> np.ndarray:
-    """Grey values of a loaded image, [H, W] of its own type."""
-    values: np.ndarray | None = None
-    for rows, columns, piece in _pieces(image):
-        part = np.asarray(piece)
-        if values is None:
-            values = np.empty((image.height, image.width), part.dtype)
-        values[rows, columns] = part
-    assert values is not None
-    return values
-
-
-def _pieces(image: Image.Image) -> Iterator[tuple[slice, slice, Image.Image]]:
-    """Rows, columns and picture of pieces of a few million pixels, which together are the image.
+def _assembled(image: Image.Image, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    """What `convert` makes of a loaded image, [H, W, ...], a few million pixels at a time.
 
     Converted whole, a large image would be held four times over; and Pillow gives no numpy array of one that
     is wider than 67 million pixels.
     """
     width = min(image.width, _PIECE_PIXELS)
     height = max(1, _PIECE_PIXELS // width)
-    for top in range(0, image.height, height):
-        bottom = min(image.height, top + height)
-        for left in range(0, image.width, width):
-            right = min(image.width, left + width)
-            box = (left, top, right, bottom)
-            piece = image if box == (0, 0, *image.size) else image.crop(box)
-            yield slice(top, bottom), slice(left, right), piece
+    whole: np.ndarray | None = None
+    for top, left in itertools.product(range(0, image.height, height), range(0, image.width, width)):
+        box = (left, top, min(left + width, image.width), min(top + height, image.height))
+        part = convert(image if box == (0, 0, *image.size) else image.crop(box))
+        if whole is None:
+            whole = np.empty((image.height, image.width, *part.shape[2:]), part.dtype)
+        whole[top : box[3], left : box[2]] = part
+    assert whole is not None
+    return whole
 
 
 def _plain_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
@@ -298,12 +290,9 @@ def _plain_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
     return None
 
 
-def _rawmode(image: Image.Image) -> str:
+def _rawmode(image: ImageFile.ImageFile) -> str:
     """How the pixels are laid out in the file, such as `RGB;16B`; empty where the format does not say."""
-    tiles = getattr(image, "tile", None)
-    if not tiles:
-        return ""
-    arguments = tiles[0][3]
+    arguments = image.tile[0][3] if image.tile else None
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else ""
 
@@ -321,53 +310,44 @@ def _orientation(image: Image.Image) -> int:
 
 def _transposed(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Pixels [H, W, 3] turned upright, contiguous."""
-    match orientation:
-        case 2:
-            pixels = pixels[:, ::-1]
-        case 3:
-            pixels = pixels[::-1, ::-1]
-        case 4:
-            pixels = pixels[::-1]
-        case 5:
-            pixels = pixels.transpose(1, 0, 2)
-        case 6:
-            pixels = pixels[::-1].transpose(1, 0, 2)
-        case 7:
-            pixels = pixels[::-1, ::-1].transpose(1, 0, 2)
-        case 8:
-            pixels = pixels[:, ::-1].transpose(1, 0, 2)
-    return np.ascontiguousarray(pixels)
+    rows = -1 if orientation in (3, 4, 6, 7) else 1
+    columns = -1 if orientation in (2, 3, 7, 8) else 1
+    pixels = pixels[::rows, ::columns]
+    return np.ascontiguousarray(pixels.transpose(1, 0, 2) if orientation >= 5 else pixels)
 
 
 def _to_8_bits(values: np.ndarray, config: DecodeConfig) -> np.ndarray:
     """Grey values [H, W] of 16 or 32 bits as uint8 [H, W]; NaN is black, infinities are black and white."""
-    if config.high_bit_depth == "full_range" and values.dtype.kind in "iu" and values.dtype.itemsize == 2:
-        low, high = 0.0, 65535.0
-    elif config.high_bit_depth == "window" and config.window is not None:
-        low, high = config.window
-    else:
-        finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
-        if finite.size == 0:
-            low, high = 0.0, 1.0
-        elif config.high_bit_depth == "percentile":
-            low, high = (float(value) for value in np.percentile(finite, config.percentile))
-        else:
-            low, high = float(finite.min()), float(finite.max())
-            if values.dtype.kind == "i" and low >= 0 and high <= 65535:
-                # Pillow widens 16-bit files of some formats (PGM, 16-bit TIFF variants) to 32 bits.
-                low, high = 0.0, 65535.0
+    low, high = _range(values, config)
     if high <= low:
-        # One value only: there is no contrast to show.
-        high = low + 1.0
+        high = low + 1.0  # one value only: there is no contrast to show
     grey = np.empty(values.shape, np.uint8)
-    rows = max(
-        1, (1 << 20) // values.shape[1]
-    )  # a block at a time: eight bytes per pixel of a large image are too many
+    # A block at a time: eight bytes per pixel of a large image are too many.
+    rows = max(1, (1 << 20) // values.shape[1])
     for top in range(0, len(values), rows):
         scaled = (values[top : top + rows].astype(np.float64) - low) * (255.0 / (high - low))
         scaled = np.nan_to_num(scaled, copy=False, nan=0.0, posinf=255.0, neginf=0.0)
         grey[top : top + rows] = np.rint(scaled.clip(0.0, 255.0))
     return grey
+
+
+def _range(values: np.ndarray, config: DecodeConfig) -> tuple[float, float]:
+    """The values that become black and white."""
+    if config.high_bit_depth == "window" and config.window is not None:
+        return config.window
+    full_range = config.high_bit_depth == "full_range"
+    if full_range and values.dtype.kind in "iu" and values.dtype.itemsize == 2:
+        return 0.0, 65535.0
+    finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+    if finite.size == 0:
+        return 0.0, 1.0
+    if not full_range:
+        low, high = np.percentile(finite, config.percentile).tolist()
+        return low, high
+    low, high = float(finite.min()), float(finite.max())
+    # Pillow widens 16-bit files of some formats (PGM, 16-bit TIFF variants) to 32 bits.
+    is_narrow = values.dtype.kind == "i" and low >= 0 and high <= 65535
+    return (0.0, 65535.0) if is_narrow else (low, high)
 
 
 def _classify(error: Exception, data: bytes) -> Rejected:
@@ -378,9 +358,10 @@ def _classify(error: Exception, data: bytes) -> Rejected:
         for signature, why in _NOT_READ.items():
             if data.startswith(signature):
                 return Rejected("unsupported", why)
-        if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
-            return Rejected("unsupported", "HEIC is not read")
-        if data.startswith(_SIGNATURES) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+        if _is_heic(data) and not _reads_heic():
+            return Rejected("unsupported", 'HEIC needs pillow-heif: pip install "beit2-pipeline[heif]"')
+        is_webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+        if data.startswith(_SIGNATURES) or is_webp or _is_heic(data):
             return Rejected("corrupt", "begins like an image, but its header cannot be read")
         return Rejected("not_an_image", "no known image format")
     if "truncat" in message.lower():

@@ -15,6 +15,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageEnhance
 
+from pipeline.draws import philox
 from pipeline.errors import InputError
 
 CENTER_FRACTION = 0.875
@@ -86,26 +87,21 @@ class ViewPolicy:
     """Draws other views when changed."""
 
     def __post_init__(self) -> None:
-        sized = self.image_size is None or 1 <= self.image_size <= 16384
-        _require(sized, "image_size", self.image_size, "give 1 to 16384 pixels")
-        low, high = self.scale
-        _require(
-            0 < low <= high <= 1, "scale", self.scale, "give shares of the area, 0 < smallest <= largest <= 1"
-        )
-        low, high = self.ratio
-        _require(
-            0 < low <= high < math.inf,
-            "ratio",
-            self.ratio,
-            "give two widths / heights, 0 < smallest <= largest",
-        )
-        known = self.interpolation in _RESAMPLING
-        _require(known, "interpolation", self.interpolation, f"give one of {', '.join(_RESAMPLING)}")
-        _require(0 <= self.hflip_prob <= 1, "hflip_prob", self.hflip_prob, "give 0 to 1")
-        _require(0 <= self.color_jitter <= 1, "color_jitter", self.color_jitter, "give 0 to 1")
-        _require(0 <= self.views_per_image <= 100, "views_per_image", self.views_per_image, "give 0 to 100")
-        _require(1 <= self.jpeg_quality <= 100, "jpeg_quality", self.jpeg_quality, "give 1 to 100")
-        _require(0 <= self.seed < 1 << 63, "seed", self.seed, "give 0 to 2^63 - 1")
+        (low, high), (narrow, wide), side = self.scale, self.ratio, self.image_size
+        rules = {
+            "image_size": (side is None or 1 <= side <= 16384, "give 1 to 16384 pixels"),
+            "scale": (0 < low <= high <= 1, "give shares of the area, 0 < smallest <= largest <= 1"),
+            "ratio": (0 < narrow <= wide < math.inf, "give two widths / heights, 0 < smallest <= largest"),
+            "interpolation": (self.interpolation in _RESAMPLING, f"give one of {', '.join(_RESAMPLING)}"),
+            "hflip_prob": (0 <= self.hflip_prob <= 1, "give 0 to 1"),
+            "color_jitter": (0 <= self.color_jitter <= 1, "give 0 to 1"),
+            "views_per_image": (0 <= self.views_per_image <= 100, "give 0 to 100"),
+            "jpeg_quality": (1 <= self.jpeg_quality <= 100, "give 1 to 100"),
+            "seed": (0 <= self.seed < 1 << 63, "give 0 to 2^63 - 1"),
+        }
+        for name, (holds, mend) in rules.items():
+            if not holds:
+                raise InputError(f"views.{name} is {getattr(self, name)}; {mend}")
 
     @property
     def side(self) -> int:
@@ -134,9 +130,7 @@ def view_at(policy: ViewPolicy, sample_id: int, index: int, *, height: int, widt
     """
     if policy.center_first and index == 0:
         return center_view(policy, height=height, width=width)
-    counter = np.array([0, index, _VIEW_STREAM, 0], dtype=np.uint64)
-    key = np.array([policy.seed, sample_id], dtype=np.uint64)
-    words: list[int] = np.random.Philox(key=key, counter=counter).random_raw(8 + 4 * _TRIES).tolist()
+    words = philox((policy.seed, sample_id), (0, index, _VIEW_STREAM, 0), 8 + 4 * _TRIES).tolist()
     return View(
         index=index,
         crop=_random_crop(policy, words[8:], height, width),
@@ -251,8 +245,3 @@ def _unit(word: int) -> float:
 def _below(word: int, bound: int) -> int:
     """A 64-bit word as a number in range(bound)."""
     return (word * bound) >> 64
-
-
-def _require(holds: bool, field: str, value: object, mend: str) -> None:
-    if not holds:
-        raise InputError(f"views.{field} is {value}; {mend}")

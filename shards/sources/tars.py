@@ -19,8 +19,9 @@ from shards.sources.table import Source
 
 IMAGE_EXTENSIONS = frozenset(
     (
-        "apng", "avif", "bmp", "dib", "gif", "ico", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpg", "jpx",
-        "pbm", "pcx", "pgm", "png", "pnm", "ppm", "psd", "qoi", "sgi", "tga", "tif", "tiff", "webp",
+        "apng", "avif", "bmp", "dib", "gif", "heic", "heif", "ico", "j2k", "jfif", "jp2", "jpe", "jpeg",
+        "jpg", "jpx", "pbm", "pcx", "pgm", "png", "pnm", "ppm", "psd", "qoi", "sgi", "tga", "tif", "tiff",
+        "webp",
     )
 )  # fmt: skip
 """Members that end so are images until decoding says otherwise."""
