@@ -7,20 +7,20 @@ Codes come with the crops from token shards, or are made on the way from image s
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.artifacts import claimed_config
 from pipeline.cluster.training import run_training
-from pipeline.config import ASIDE, PLACE, PLACES, absolute_places, identity
+from pipeline.config import ASIDE, PLACE, PLACES, absolute_places
 from pipeline.errors import InputError
-from pipeline.training.checkpoints import CheckpointStore, TrainState
+from pipeline.training.checkpoints import TrainState
 from pipeline.training.config import TrainingConfig, claim_output
-from pipeline.training.metrics import MetricsLog, Progress
+from pipeline.training.journal import Journal
+from pipeline.training.metrics import Progress
 from pipeline.training.optim import (
     OptimConfig,
     autocast,
@@ -30,12 +30,12 @@ from pipeline.training.optim import (
     resolve_precision,
     set_lr,
 )
-from pipeline.training.step import require_finite, synchronized, to_device
+from pipeline.training.step import RunningMeans, require_finite, synchronized, to_device
 from pipeline.training.worker import Worker
 from pretrain.masking import MaskConfig, block_masks
 from pretrain.model.artifacts import BACKBONE, read_backbone_header, save_backbone
 from pretrain.model.backbone import BackboneSize
-from pretrain.model.mim import MIM, MIMConfig, masked_patches, mim_figures, mim_loss
+from pretrain.model.mim import LOSS_SUMS, MIM, MIMConfig, masked_patches, mim_figures, mim_loss
 from shards.dataset.corpus import SubsetConfig, open_corpus
 from shards.dataset.dataset import Dataset
 from shards.format.manifest import TokenizerSpec
@@ -173,7 +173,6 @@ def open_source(config: PretrainConfig, device: torch.device | str = "cpu") -> S
 
 def _train(config: PretrainConfig, worker: Worker) -> None:
     """One worker's part of the pretraining."""
-    output = config.output
     device = worker.device
 
     # Data: a rank's slices of the global batches.
@@ -196,56 +195,34 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
     num_masked = config.mask.resolve(source.grid).num_masked
 
     # Resume.
-    checkpoints = CheckpointStore(output, keep=config.checkpoint_keep)
-    state, metrics = TrainState(), dict[str, float]()
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
-    if (found := checkpoints.latest(worker)) is not None:
-        state, tensors = found
-        model.load_state_dict(tensors["model"])
-        optimizer.load_state_dict(tensors["optimizer"])
-        scaler.load_state_dict(tensors["scaler"])
-        metrics = tensors["metrics"]
-        sums += tensors["sums"].to(device)
-    replica: nn.Module = model
-    if worker.world_size > 1:
-        replica = DistributedDataParallel(model, broadcast_buffers=False)
+    journal = Journal(config, worker, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    state, metrics, means = journal.state, dict[str, float](), RunningMeans(device, *LOSS_SUMS)
+    if (resumed := journal.resumed) is not None:
+        metrics = resumed["metrics"]
+        means.load_state_dict(dict(zip([*LOSS_SUMS, ""], resumed["sums"], strict=True)))
+    replica = worker.replicate(model)
 
-    begun = reader.begin(state.epoch, state.position)
-    log = MetricsLog(output, resume_step=state.step) if worker.is_main else None
-    total = config.epochs * steps_per_epoch * config.batch_size
-    done = state.epoch * steps_per_epoch * config.batch_size + state.position
-    progress = Progress("pretrain", total, "images", done=done) if worker.is_main else None
-    if worker.is_main:
-        print(
-            f"{reader.num_samples:,} samples, {config.epochs} epochs of {steps_per_epoch} steps of "
-            f"{config.batch_size}, {num_masked} of {math.prod(source.grid)} patches masked, "
-            f"{'online' if source.online else 'precomputed'} codes, "
-            f"lr {config.optim.effective_lr(config.batch_size):.2e}, {worker.world_size} workers, "
-            f"{device}, {dtype}\n{begun}",
-            flush=True,
+    def tensors() -> dict[str, Any]:
+        return {"metrics": metrics, "sums": torch.stack(list(means.state_dict().values()))}
+
+    per_epoch = steps_per_epoch * config.batch_size
+    done = state.epoch * per_epoch + state.position
+    journal.begin(
+        f"{reader.num_samples:,} samples, {config.epochs} epochs of {steps_per_epoch} steps of "
+        f"{config.batch_size}, {num_masked} of {math.prod(source.grid)} patches masked, "
+        f"{'online' if source.online else 'precomputed'} codes, "
+        f"lr {config.optim.effective_lr(config.batch_size):.2e}, {worker.world_size} workers, "
+        f"{device}, {dtype}\n{reader.begin(state.epoch, state.position)}",
+        Progress("pretrain", config.epochs * per_epoch, "images", done=done),
+        tensors,
+        ReaderReports(
+            config.output, reader.telemetry, num_threads=config.decode_threads, resume_step=state.step
         )
-    reports = None
-    if worker.is_main:
-        reports = ReaderReports(
-            output, reader.telemetry, num_threads=config.decode_threads, resume_step=state.step
-        )
+        if worker.is_main
+        else None,
+    )
 
-    def checkpoint(epoch: int, position: int, *, wait: bool = False) -> None:
-        tensors = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "metrics": metrics,
-            "sums": sums,
-        }
-        if log is not None:
-            log.flush()
-        place = TrainState(epoch=epoch, position=position, step=step)
-        # Scored where an epoch ends, so that the best one is the best of epochs.
-        score = metrics.get("loss_total") if position == 0 else None
-        checkpoints.save(place, tensors, score=score, wait=wait)
-
-    step, saved = state.step, time.monotonic()
+    step = state.step
     model.train()
     for epoch in range(state.epoch, config.epochs):
         for samples in reader.batches(epoch, state.position if epoch == state.epoch else 0):
@@ -255,7 +232,6 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
             torch.manual_seed(hash((config.seed, epoch, samples.position, worker.rank)))
             share = samples.pixels.shape[0]
             micro = config.micro_batch_size or share
-            here = torch.zeros_like(sums)
             for first in range(0, share, micro):
                 batch = _batch(config, source, samples, slice(first, first + micro), epoch, device)
                 with synchronized(replica, first + micro >= share), autocast(device, dtype):
@@ -263,60 +239,42 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
                     loss = mim_loss(out, batch.codes)
                     objective = loss.objective(samples.global_size * num_masked, worker.world_size)
                     scaler.scale(objective).backward()
-                here += loss.sums()
+                means.add_sums(loss.num_masked, **loss.sums())
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad_norm or math.inf)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             # Over all ranks in every step, so that the main rank may save after any.
-            sums += worker.sum(here)
+            means.gather(worker)
             step += 1
 
-            last_of_epoch = samples.next_position + config.batch_size > reader.num_samples
-            if step % config.log_every_steps == 0 or last_of_epoch:
-                figures = mim_figures(sums, aggregated=model.cls_pt_layers is not None)
-                sums = torch.zeros_like(sums)
-                metrics = {name: value for name, value in asdict(figures).items() if value is not None}
+            here = TrainState(epoch=epoch, position=samples.next_position, step=step)
+            last_of_epoch = here.position + config.batch_size > reader.num_samples
+            if recorded := step % config.log_every_steps == 0 or last_of_epoch:
+                metrics = mim_figures(*means.take_sums(), aggregated=model.cls_pt_layers is not None)
                 require_finite(metrics, step, samples.keys)
-                if log is not None:
-                    log.log(step, {**metrics, "lr": lr(place), "grad_norm": float(grad_norm)})
-                if reports is not None:
-                    reports.at(step)
-                due = time.monotonic() - saved > config.checkpoint_every_s and not checkpoints.is_writing
-                if worker.is_main and due and not last_of_epoch:
-                    checkpoint(epoch, samples.next_position)
-                    saved = time.monotonic()
-            if progress is not None:
-                progress.update(samples.global_size, epoch=epoch + 1, **metrics)
-            if worker.is_main and worker.interruption.asked:
-                checkpoint(epoch, samples.next_position, wait=True)
-                worker.interruption.saved()
-        checkpoints.wait_together(worker)
-        if worker.is_main:
-            checkpoint(epoch + 1, 0)
-            saved = time.monotonic()
+                journal.record(here, {**metrics, "lr": lr(place), "grad_norm": float(grad_norm)})
+            journal.after_step(
+                here,
+                samples.global_size,
+                {"epoch": epoch + 1, **metrics},
+                may_save=recorded and not last_of_epoch,
+            )
+        # Scored where an epoch ends, so that the best one is the best of epochs.
+        journal.save_together(TrainState(epoch=epoch + 1, step=step), score=metrics.get("loss_total"))
 
     reader.close()
     if worker.is_main:
-        assert log is not None and progress is not None and reports is not None
         # The other ranks are done: none of them waits in a collective while this one saves.
-        reports.close()
         save_backbone(
-            output,
+            config.output,
             model,
             tokenizer=source.tokenizer.to_json(),
             inputs=source.inputs,
-            run={
-                "metrics": metrics,
-                "steps": step,
-                "seconds": progress.elapsed_s,
-                "config": identity(config),
-            },
+            run={"metrics": metrics, **journal.account()},
         )
-        progress.close(**metrics)
-        log.close()
-        checkpoints.clear()
+        journal.finish(**metrics)
 
 
 def _batch(

@@ -9,20 +9,20 @@ import dataclasses
 import functools
 import math
 import operator
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.artifacts import claimed_config, read_header
 from pipeline.cluster.training import run_training
-from pipeline.config import ASIDE, PLACE, PLACES, absolute_places, identity
-from pipeline.training.checkpoints import CheckpointStore, TrainState
+from pipeline.config import ASIDE, PLACE, PLACES, absolute_places
+from pipeline.training.checkpoints import TrainState
 from pipeline.training.config import TrainingConfig, claim_output
-from pipeline.training.metrics import MetricsLog, Progress
+from pipeline.training.journal import Journal
+from pipeline.training.metrics import Progress
 from pipeline.training.optim import (
     OptimConfig,
     autocast,
@@ -118,7 +118,6 @@ def train_tokenizer(config: TokenizerTrainConfig) -> None:
 
 def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
     """One worker's part of the training."""
-    output = config.output
     device = worker.device
 
     # Data: a rank's slices of the global batches.
@@ -142,17 +141,13 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
     )
 
     # Resume, or start the codebook from the first batches.
-    checkpoints = CheckpointStore(output, keep=config.checkpoint_keep)
-    state, figures, metrics = TrainState(), dict[str, float](), dict[str, float]()
+    journal = Journal(config, worker, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    state, figures, metrics = journal.state, dict[str, float](), dict[str, float]()
     means, usage = RunningMeans(device, *FIGURES), CodeUsage(config.model.codebook_size, device)
-    if (found := checkpoints.latest(worker)) is not None:
-        state, tensors = found
-        model.load_state_dict(tensors["model"])
-        optimizer.load_state_dict(tensors["optimizer"])
-        scaler.load_state_dict(tensors["scaler"])
-        figures, metrics = tensors["figures"], tensors["metrics"]
-        means.load_state_dict(tensors["means"])
-        usage.counts += tensors["usage"].to(device)
+    if (resumed := journal.resumed) is not None:
+        figures, metrics = resumed["figures"], resumed["metrics"]
+        means.load_state_dict(resumed["means"])
+        usage.counts += resumed["usage"].to(device)
     elif model.quantize.needs_kmeans:
         model.eval()
         with autocast(device, dtype):
@@ -160,55 +155,30 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
             start = model.start_codebook_(first, worker, seed=config.seed)
         if worker.is_main:
             print(start, flush=True)
-    replica: nn.Module = model
-    if worker.world_size > 1:
-        replica = DistributedDataParallel(model, broadcast_buffers=False)
+    replica = worker.replicate(model)
 
-    begun = reader.begin(state.epoch, state.position)
-    log = MetricsLog(output, resume_step=state.step) if worker.is_main else None
-    total = config.epochs * steps_per_epoch * config.batch_size
-    done = state.epoch * steps_per_epoch * config.batch_size + state.position
-    progress = Progress("train tokenizer", total, "images", done=done) if worker.is_main else None
-    if worker.is_main:
-        print(
-            f"{reader.num_samples:,} images, {config.epochs} epochs of {steps_per_epoch} steps of "
-            f"{config.batch_size}, lr {config.optim.effective_lr(config.batch_size):.2e}, "
-            f"{worker.world_size} workers, {device}, {dtype}\n{begun}",
-            flush=True,
+    def tensors() -> dict[str, Any]:
+        return {"metrics": metrics, "figures": figures, "means": means.state_dict(), "usage": usage.counts}
+
+    per_epoch = steps_per_epoch * config.batch_size
+    done = state.epoch * per_epoch + state.position
+    journal.begin(
+        f"{reader.num_samples:,} images, {config.epochs} epochs of {steps_per_epoch} steps of "
+        f"{config.batch_size}, lr {config.optim.effective_lr(config.batch_size):.2e}, "
+        f"{worker.world_size} workers, {device}, {dtype}\n{reader.begin(state.epoch, state.position)}",
+        Progress("train tokenizer", config.epochs * per_epoch, "images", done=done),
+        tensors,
+        ReaderReports(
+            config.output, reader.telemetry, num_threads=config.decode_threads, resume_step=state.step
         )
-    reports = None
-    if worker.is_main:
-        reports = ReaderReports(
-            output, reader.telemetry, num_threads=config.decode_threads, resume_step=state.step
-        )
+        if worker.is_main
+        else None,
+    )
 
-    def checkpoint(epoch: int, position: int, chosen: CodeUsage, *, wait: bool = False) -> None:
-        tensors = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "metrics": metrics,
-            "figures": figures,
-            "means": means.state_dict(),
-            "usage": chosen.counts,
-        }
-        if log is not None:
-            log.flush()
-        # Scored where an epoch ends: there the figures are of these weights.
-        score = metrics.get("val_loss", metrics["train_rec_loss"]) if position == 0 else None
-        place = TrainState(epoch=epoch, position=position, step=step)
-        checkpoints.save(place, tensors, score=score, wait=wait)
-
-    def save_if_asked(epoch: int, position: int, chosen: CodeUsage) -> None:
-        if worker.is_main and worker.interruption.asked:
-            checkpoint(epoch, position, chosen, wait=True)
-            worker.interruption.saved()
-
-    step, saved = state.step, time.monotonic()
+    step = state.step
     for epoch in range(state.epoch, config.epochs):
         model.train()
-        position = state.position if epoch == state.epoch else 0
-        for batch in reader.batches(epoch, position):
+        for batch in reader.batches(epoch, state.position if epoch == state.epoch else 0):
             place = epoch * steps_per_epoch + batch.position / config.batch_size
             set_lr(optimizer, lr(place))
             code_sums: list[CodeSums] = []
@@ -241,53 +211,47 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
                 )
             # Gathered in every step, as the counts of codes are, so that the main rank may save after any.
             means.gather(worker)
-            step, position = step + 1, batch.next_position
+            step += 1
 
-            last_of_epoch = position + config.batch_size > reader.num_samples
-            if step % config.log_every_steps == 0 or last_of_epoch:
+            here = TrainState(epoch=epoch, position=batch.next_position, step=step)
+            last_of_epoch = here.position + config.batch_size > reader.num_samples
+            if recorded := step % config.log_every_steps == 0 or last_of_epoch:
                 figures = means.take()
                 require_finite(figures, step, batch.keys)
                 model.quantize.check_equal_on_all_ranks(worker)
-                if log is not None:
-                    log.log(step, {**figures, "lr": lr(place), "grad_norm": float(grad_norm)})
-                if reports is not None:
-                    reports.at(step)
-                due = time.monotonic() - saved > config.checkpoint_every_s and not checkpoints.is_writing
-                if worker.is_main and due and not last_of_epoch:
-                    checkpoint(epoch, position, usage)
-                    saved = time.monotonic()
-            if progress is not None:
-                progress.update(batch.global_size, epoch=epoch + 1, **figures)
-            save_if_asked(epoch, position, usage)
+                journal.record(here, {**figures, "lr": lr(place), "grad_norm": float(grad_norm)})
+            journal.after_step(
+                here,
+                batch.global_size,
+                {"epoch": epoch + 1, **figures},
+                may_save=recorded and not last_of_epoch,
+            )
 
-        chosen, usage = usage, CodeUsage(config.model.codebook_size, device)
         metrics = {
             "train_rec_loss": figures.get("rec_loss", math.nan),
-            "train_codebook_usage": chosen.used_fraction,
-            "train_perplexity": chosen.perplexity,
+            "train_codebook_usage": usage.used_fraction,
+            "train_perplexity": usage.perplexity,
         }
         if val_images is not None:
-            save = functools.partial(save_if_asked, epoch, position, chosen)
-            found = validate(model, teacher, config, val_images, worker, save)
+            found = validate(model, teacher, config, val_images, worker, journal.save_if_asked)
             metrics |= {f"val_{name}": value for name, value in found.items()}
-        checkpoints.wait_together(worker)
-        if worker.is_main:
-            assert log is not None
-            log.log(step, {"epoch": epoch + 1, **metrics}, split="epoch")
-            shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
-            print(f"epoch {epoch + 1}/{config.epochs}: {shown}", flush=True)
-            checkpoint(epoch + 1, 0, usage)
-            saved = time.monotonic()
+        usage = CodeUsage(config.model.codebook_size, device)
+        journal.save_together(
+            TrainState(epoch=epoch + 1, step=step),
+            # Scored where an epoch ends: there the figures are of these weights.
+            score=metrics.get("val_loss", metrics["train_rec_loss"]),
+            title=f"epoch {epoch + 1}/{config.epochs}",
+            figures=metrics,
+        )
 
     reader.close()
     if worker.is_main:
-        assert log is not None and progress is not None and reports is not None
         # The other ranks are done: none of them waits in a collective while this one saves.
-        reports.close()
         # Without validation images, the last epoch's training figures say what they can.
         kind = "train" if val_images is None else "val"
+        run = journal.account()
         save_tokenizer(
-            output,
+            config.output,
             model,
             teacher=teacher,
             metrics={
@@ -295,14 +259,12 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
                 "codebook_usage": metrics[f"{kind}_codebook_usage"],
                 "perplexity": metrics[f"{kind}_perplexity"],
                 "steps": step,
-                "seconds": progress.elapsed_s,
+                "seconds": run["seconds"],
             },
             inputs={"images": images.fingerprint, "teacher": teacher.fingerprint},
-            run_config=identity(config),
+            run_config=run["config"],
         )
-        progress.close()
-        log.close()
-        checkpoints.clear()
+        journal.finish()
 
 
 @torch.no_grad()

@@ -31,8 +31,12 @@ class RunningMeans:
 
     def add(self, weight: float, **values: Tensor) -> None:
         """Count each value `weight` times (its number of samples, say). Does not wait for the device."""
-        ones = self._here.new_ones(())
-        self._here += torch.stack([*(values[name].detach().double() for name in self._names), ones]) * weight
+        self.add_sums(weight, **{name: value.detach().double() * weight for name, value in values.items()})
+
+    def add_sums(self, weight: float, **sums: Tensor) -> None:
+        """Count values that are sums over `weight` samples already. Does not wait for the device."""
+        values = [sums[name].detach().double() for name in self._names]
+        self._here += torch.stack([*values, self._here.new_full((), weight)])
 
     def gather(self, worker: Worker) -> None:
         """Add up over the ranks what each has added; all must call. Does not wait for the device."""
@@ -49,12 +53,14 @@ class RunningMeans:
 
     def take(self) -> dict[str, float]:
         """The means of what was gathered since the last call; NaN where that is nothing."""
+        sums, weight = self.take_sums()
+        return {name: value / weight if weight else math.nan for name, value in sums.items()}
+
+    def take_sums(self) -> tuple[dict[str, float], float]:
+        """The sums that `take` divides, and the weights'."""
         *sums, weight = self._everywhere.tolist()
         self._everywhere = torch.zeros_like(self._everywhere)
-        return {
-            name: value / weight if weight else math.nan
-            for name, value in zip(self._names, sums, strict=True)
-        }
+        return dict(zip(self._names, sums, strict=True)), weight
 
 
 def require_finite(figures: Mapping[str, float], step: int, keys: Sequence[str]) -> None:

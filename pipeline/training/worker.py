@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.training.interruption import Interruption
 
@@ -25,6 +26,10 @@ class Worker:
     def is_main(self) -> bool:
         """True on the rank that writes."""
         return self.rank == 0
+
+    def replicate(self, model: nn.Module) -> nn.Module:
+        """The model whose gradients are averaged over ranks, step by step; the model itself on one rank."""
+        return DistributedDataParallel(model, broadcast_buffers=False) if self.world_size > 1 else model
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place."""

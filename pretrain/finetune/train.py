@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,16 +15,16 @@ import numpy as np
 import torch
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import storage
 from pipeline.artifacts import read_header
 from pipeline.cluster.training import run_training
-from pipeline.config import ASIDE, PLACE, PLACES, absolute_places, identity
+from pipeline.config import ASIDE, PLACE, PLACES, absolute_places
 from pipeline.errors import InputError
-from pipeline.training.checkpoints import CheckpointStore, TrainState
+from pipeline.training.checkpoints import TrainState
 from pipeline.training.config import TrainingConfig, claim_output
-from pipeline.training.metrics import MetricsLog, Progress
+from pipeline.training.journal import Journal
+from pipeline.training.metrics import Progress
 from pipeline.training.optim import (
     OptimConfig,
     autocast,
@@ -175,7 +174,7 @@ def finetune_classifier(config: FinetuneConfig) -> None:
 def _train(run: Finetuning, worker: Worker) -> None:
     """One worker's part of the fine-tuning."""
     config, labels = run.config, run.labels
-    output, device = config.output, worker.device
+    device = worker.device
 
     # Model and optimizer. Every rank draws the same fresh weights.
     torch.manual_seed(config.seed)
@@ -203,58 +202,30 @@ def _train(run: Finetuning, worker: Worker) -> None:
     )
 
     # Resume.
-    checkpoints = CheckpointStore(output, keep=config.checkpoint_keep)
-    state, metrics = TrainState(), dict[str, float]()
-    losses: list[float] = []
-    if (found := checkpoints.latest(worker)) is not None:
-        state, tensors = found
-        model.load_state_dict(tensors["model"])
-        optimizer.load_state_dict(tensors["optimizer"])
-        scaler.load_state_dict(tensors["scaler"])
-        metrics, losses = tensors["metrics"], tensors["losses"]
-    replica: nn.Module = model
-    if worker.world_size > 1:
-        replica = DistributedDataParallel(model, broadcast_buffers=False)
+    journal = Journal(config, worker, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    state, metrics, losses = journal.state, dict[str, float](), list[float]()
+    if (resumed := journal.resumed) is not None:
+        metrics, losses = resumed["metrics"], resumed["losses"]
+    replica = worker.replicate(model)
 
-    log = MetricsLog(output, resume_step=state.step) if worker.is_main else None
-    total = config.epochs * steps_per_epoch * config.batch_size
-    done = state.epoch * steps_per_epoch * config.batch_size + state.position
-    progress = Progress("fine-tune", total, "images", done=done) if worker.is_main else None
-    if worker.is_main:
-        print(
-            f"{reader.num_samples:,} images of {labels.num_classes:,} classes, from {start.origin['kind']}, "
-            f"{config.epochs} epochs of {steps_per_epoch} steps of {config.batch_size}, "
-            f"lr {config.optim.effective_lr(config.batch_size):.2e}, {worker.world_size} workers, "
-            f"{device}, {dtype}",
-            flush=True,
-        )
+    def tensors() -> dict[str, Any]:
+        return {"metrics": metrics, "losses": losses}
 
-    def checkpoint(epoch: int, position: int, *, wait: bool = False) -> None:
-        tensors = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "metrics": metrics,
-            "losses": losses,
-        }
-        if log is not None:
-            log.flush()
-        # Scored where an epoch ends: the best one is the first of those with the highest accuracy.
-        score = -metrics["val_top1"] if position == 0 and "val_top1" in metrics else None
-        checkpoints.save(
-            TrainState(epoch=epoch, position=position, step=step), tensors, score=score, wait=wait
-        )
+    per_epoch = steps_per_epoch * config.batch_size
+    done = state.epoch * per_epoch + state.position
+    journal.begin(
+        f"{reader.num_samples:,} images of {labels.num_classes:,} classes, from {start.origin['kind']}, "
+        f"{config.epochs} epochs of {steps_per_epoch} steps of {config.batch_size}, "
+        f"lr {config.optim.effective_lr(config.batch_size):.2e}, {worker.world_size} workers, "
+        f"{device}, {dtype}",
+        Progress("fine-tune", config.epochs * per_epoch, "images", done=done),
+        tensors,
+    )
 
-    def save_if_asked() -> None:
-        if worker.is_main and worker.interruption.asked:
-            checkpoint(epoch, position, wait=True)
-            worker.interruption.saved()
-
-    step, saved = state.step, time.monotonic()
+    step = state.step
     for epoch in range(state.epoch, config.epochs):
-        position = state.position if epoch == state.epoch else 0
         model.train()
-        for samples in reader.batches(epoch, position):
+        for samples in reader.batches(epoch, state.position if epoch == state.epoch else 0):
             place = epoch * steps_per_epoch + samples.position / config.batch_size
             set_layerwise_lr(optimizer, lr(place))
             batch = _augmented(run, start, samples, epoch, worker)
@@ -282,57 +253,50 @@ def _train(run: Finetuning, worker: Worker) -> None:
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            step, position = step + 1, samples.next_position
+            step += 1
             losses.append(figures["loss"])
 
-            last_of_epoch = position + config.batch_size > reader.num_samples
+            here = TrainState(epoch=epoch, position=samples.next_position, step=step)
+            last_of_epoch = here.position + config.batch_size > reader.num_samples
             if step % config.log_every_steps == 0 or last_of_epoch:
                 metrics["loss"] = sum(losses) / len(losses)
                 losses = []
-                if log is not None:
-                    log.log(step, {"loss": metrics["loss"], "lr": lr(place), "grad_norm": float(grad_norm)})
-            if progress is not None:
-                progress.update(samples.global_size, epoch=epoch + 1, **metrics)
-            due = time.monotonic() - saved > config.checkpoint_every_s and not checkpoints.is_writing
-            if worker.is_main and due and not last_of_epoch:
-                checkpoint(epoch, position)
-                saved = time.monotonic()
-            save_if_asked()
+                record = {"loss": metrics["loss"], "lr": lr(place), "grad_norm": float(grad_norm)}
+                journal.record(here, record)
+            journal.after_step(
+                here,
+                samples.global_size,
+                {"epoch": epoch + 1, **metrics},
+                may_save=not last_of_epoch,
+            )
 
         if val is not None:
-            metrics |= evaluate(run, start, val, worker, save_if_asked)
+            metrics |= evaluate(run, start, val, worker, journal.save_if_asked)
             require_finite(metrics, step, [f"all of {val.url}"])
-        checkpoints.wait_together(worker)
-        if worker.is_main:
-            assert log is not None
-            log.log(step, {"epoch": epoch + 1, **metrics}, split="epoch")
-            shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
-            print(f"epoch {epoch + 1}/{config.epochs}: {shown}", flush=True)
-            checkpoint(epoch + 1, 0)
-            saved = time.monotonic()
+        journal.save_together(
+            TrainState(epoch=epoch + 1, step=step),
+            # The best one is the first of those with the highest accuracy.
+            score=-metrics["val_top1"] if val is not None else None,
+            title=f"epoch {epoch + 1}/{config.epochs}",
+            figures=metrics,
+        )
 
     reader.close()
     if worker.is_main:
-        assert log is not None and progress is not None
         # The other ranks are done: none of them waits in a collective while this one saves.
-        about: dict[str, Any] = {
-            "steps": step,
-            "seconds": progress.elapsed_s,
-            "config": identity(config),
-        }
-        goal, inputs = _goal(run), _inputs(train, val, start)
-        last = storage.join(output, LAST)
+        about, goal, inputs = journal.account(), _goal(run), _inputs(train, val, start)
+        last = storage.join(config.output, LAST)
         save_finetuned(
             last, start, goal, inputs=inputs, run=about, metrics={"epoch": config.epochs, **metrics}
         )
         epoch = config.epochs
-        if (best := checkpoints.best()) is not None:
+        if (best := journal.best()) is not None:
             model.load_state_dict(best[1]["model"])
             epoch, metrics = best[0].epoch, best[1]["metrics"]
-        save_finetuned(output, start, goal, inputs=inputs, run=about, metrics={"epoch": epoch, **metrics})
-        progress.close(**metrics)
-        log.close()
-        checkpoints.clear()
+        save_finetuned(
+            config.output, start, goal, inputs=inputs, run=about, metrics={"epoch": epoch, **metrics}
+        )
+        journal.finish(**metrics)
 
 
 def _augmented(run: Finetuning, start: Start, samples: SampleBatch, epoch: int, worker: Worker) -> MixedBatch:

@@ -6,6 +6,7 @@ sees the final [CLS] with patches of an early layer, which pushes what is global
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from pipeline.errors import InputError
 from pretrain.model.backbone import Backbone, BackboneConfig, init_module, transformer_blocks
 from tokenizer.model.vit import LAYER_NORM_EPS, drop_path_rates, rescale_residual_branches
+
+LOSS_SUMS = ("loss", "loss_cls", "correct", "correct_cls")
+"""Names of `MIMLoss.sums`, in the order in which checkpoints hold them."""
 
 # Shapes below: B images, N patches, T = N + 1 tokens, D width, K codes, M masked patches of the whole batch.
 
@@ -76,22 +80,9 @@ class MIMLoss:
         """
         return (self.loss + self.loss_cls) * (world_size / global_num_masked)
 
-    def sums(self) -> Tensor:
-        """[5] float64, to be added over micro-batches and ranks and then given to `mim_figures`."""
-        values = [self.loss, self.loss_cls, self.correct, self.correct_cls]
-        count = torch.tensor(float(self.num_masked), dtype=torch.float64, device=self.loss.device)
-        return torch.stack([*(value.detach().double() for value in values), count])
-
-
-@dataclass(frozen=True)
-class MIMFigures:
-    """Means over masked patches: cross-entropy and accuracy of the main and the second head."""
-
-    loss_total: float
-    loss: float
-    accuracy: float
-    loss_cls: float | None
-    accuracy_cls: float | None
+    def sums(self) -> dict[str, Tensor]:
+        """What is added up over micro-batches and ranks for `mim_figures`, by the names of `LOSS_SUMS`."""
+        return dict(zip(LOSS_SUMS, (self.loss, self.loss_cls, self.correct, self.correct_cls), strict=True))
 
 
 class MIM(Backbone):
@@ -162,16 +153,22 @@ def mim_loss(output: MIMOutput, codes: Tensor) -> MIMLoss:
     return MIMLoss(loss, loss_cls, correct, correct_cls, num_masked=len(target))
 
 
-def mim_figures(sums: Tensor, *, aggregated: bool) -> MIMFigures:
-    """Means from the added-up `MIMLoss.sums`; aggregated: the model has a second head."""
-    loss, loss_cls, correct, correct_cls, count = sums.tolist()
-    return MIMFigures(
-        loss_total=(loss + loss_cls) / count,
-        loss=loss / count,
-        accuracy=correct / count,
-        loss_cls=loss_cls / count if aggregated else None,
-        accuracy_cls=correct_cls / count if aggregated else None,
-    )
+def mim_figures(sums: Mapping[str, float], count: float, *, aggregated: bool) -> dict[str, float]:
+    """Cross-entropy and accuracy, means over `count` masked patches, from the added-up `MIMLoss.sums`.
+
+    `aggregated`: the model has a second head.
+    """
+    figures = {
+        "loss_total": (sums["loss"] + sums["loss_cls"]) / count,
+        "loss": sums["loss"] / count,
+        "accuracy": sums["correct"] / count,
+    }
+    if aggregated:
+        figures |= {
+            "loss_cls": sums["loss_cls"] / count,
+            "accuracy_cls": sums["correct_cls"] / count,
+        }
+    return figures
 
 
 def _aggregation_blocks(

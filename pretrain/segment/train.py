@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,15 +16,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import artifacts, storage
 from pipeline.cluster.training import run_training
-from pipeline.config import ASIDE, PLACE, absolute_places, identity
+from pipeline.config import ASIDE, PLACE, absolute_places
 from pipeline.errors import InputError
-from pipeline.training.checkpoints import CheckpointStore, TrainState
+from pipeline.training.checkpoints import TrainState
 from pipeline.training.config import TrainingConfig, claim_output
-from pipeline.training.metrics import MetricsLog, Progress
+from pipeline.training.journal import Journal
+from pipeline.training.metrics import Progress
 from pipeline.training.optim import autocast, grad_scaler, resolve_precision
 from pipeline.training.step import require_finite, synchronized, to_device
 from pipeline.training.worker import Worker
@@ -277,58 +276,32 @@ def _train(run: _Run, worker: Worker) -> None:
     num_pixels = config.batch_size * config.crops.size**2
 
     # Resume. Steps since the last record travel along: a resumed run's records are a straight one's.
-    checkpoints = CheckpointStore(config.output, keep=config.checkpoint_keep)
-    step, metrics = 0, dict[str, float]()
-    unlogged: list[Tensor] = []
-    if (found := checkpoints.latest(worker)) is not None:
-        state, tensors = found
-        step, metrics = state.step, tensors["metrics"]
-        model.load_state_dict(tensors["model"])
-        optimizer.load_state_dict(tensors["optimizer"])
-        scaler.load_state_dict(tensors["scaler"])
-        unlogged = [row.to(device) for row in tensors["unlogged"]]
-    replica: nn.Module = model
-    if worker.world_size > 1:
-        replica = DistributedDataParallel(model, broadcast_buffers=False)
+    journal = Journal(config, worker, {"model": model, "optimizer": optimizer, "scaler": scaler})
+    step, metrics, unlogged = journal.state.step, dict[str, float](), list[Tensor]()
+    if (resumed := journal.resumed) is not None:
+        metrics, unlogged = resumed["metrics"], [row.to(device) for row in resumed["unlogged"]]
+    replica = worker.replicate(model)
 
-    log = MetricsLog(config.output, resume_step=step) if worker.is_main else None
-    progress = Progress("segment", config.steps, "steps", done=step) if worker.is_main else None
-    if worker.is_main:
-        print(
-            f"{len(train):,} training and {len(val):,} validation images, {config.num_classes} classes, "
-            f"{config.steps:,} steps of {config.batch_size} crops of {config.crops.size}, levels from blocks "
-            f"{', '.join(map(str, model.layers))}, init {config.init}, {worker.world_size} workers, "
-            f"{device}, {dtype}",
-            flush=True,
-        )
-
-    def checkpoint(*, wait: bool = False) -> None:
+    def tensors() -> dict[str, Any]:
         if unlogged:
             # What is newest is loaded first: it must be good.
             _require_finite(torch.stack(unlogged), step, reader, scaled=scaler.is_enabled())
-        tensors = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "metrics": metrics,
-            "unlogged": unlogged,
-        }
-        if log is not None:
-            log.flush()
-        checkpoints.save(TrainState(position=step * config.batch_size, step=step), tensors, wait=wait)
+        return {"metrics": metrics, "unlogged": unlogged}
 
-    def answer_interruption() -> None:
-        if worker.is_main and worker.interruption.asked:
-            checkpoint(wait=True)
-            worker.interruption.saved()
+    journal.begin(
+        f"{len(train):,} training and {len(val):,} validation images, {config.num_classes} classes, "
+        f"{config.steps:,} steps of {config.batch_size} crops of {config.crops.size}, levels from blocks "
+        f"{', '.join(map(str, model.layers))}, init {config.init}, {worker.world_size} workers, "
+        f"{device}, {dtype}",
+        Progress("segment", config.steps, "steps", done=step),
+        tensors,
+    )
 
     def evaluate(*, pictures: bool) -> Score:
-        score = _evaluate(config, model, val, worker, dtype, answer_interruption, pictures=pictures)
-        if log is not None:
-            log.log(step, score.figures(), split="val")
+        score = _evaluate(config, model, val, worker, dtype, journal.save_if_asked, pictures=pictures)
+        journal.record(journal.state, score.figures(), split="val")
         return score
 
-    saved = time.monotonic()
     model.train()
     for batch in reader.batches(step, config.steps):
         set_layerwise_lr(optimizer, lr(step))
@@ -355,49 +328,28 @@ def _train(run: _Run, worker: Worker) -> None:
         unlogged.append(torch.cat([worker.sum(sums), grad_norm.detach().double().view(1)]))
         step += 1
 
+        here = TrainState(position=step * config.batch_size, step=step)
         evaluates = config.evaluate_every_steps is not None and step % config.evaluate_every_steps == 0
-        if step % config.log_every_steps == 0 or step == config.steps or evaluates:
-            recorded = torch.stack(unlogged)
+        if recorded := step % config.log_every_steps == 0 or step == config.steps or evaluates:
+            since = torch.stack(unlogged)
             unlogged.clear()
-            _require_finite(recorded, step, reader, scaled=scaler.is_enabled())
-            metrics = _figures(recorded.sum(dim=0).tolist(), len(recorded) * num_pixels, config)
-            if log is not None:
-                log.log(step, {**metrics, "lr": lr(step - 1), "grad_norm": float(grad_norm)})
+            _require_finite(since, step, reader, scaled=scaler.is_enabled())
+            metrics = _figures(since.sum(dim=0).tolist(), len(since) * num_pixels, config)
+            journal.record(here, {**metrics, "lr": lr(step - 1), "grad_norm": float(grad_norm)})
             if evaluates and step < config.steps:
                 score = evaluate(pictures=False)
                 if worker.is_main:
                     print(f"step {step:,}: mIoU {score.miou:.4f}", flush=True)
                 model.train()
-            due = time.monotonic() - saved > config.checkpoint_every_s and not checkpoints.is_writing
-            if worker.is_main and due:
-                checkpoint()
-                saved = time.monotonic()
-        if progress is not None:
-            progress.update(1, **metrics)
-        answer_interruption()
+        journal.after_step(here, 1, metrics, may_save=recorded)
 
-    checkpoints.wait_together(worker)
-    if worker.is_main:
-        checkpoint()
+    journal.save_together(journal.state)
     score = evaluate(pictures=True)
     if worker.is_main:
-        assert log is not None and progress is not None
         # The other ranks are done: none of them waits in a collective while this one saves.
-        progress.close(**metrics)
-        save_segmenter(
-            config.output,
-            model,
-            result=score.to_json(),
-            inputs=run.inputs,
-            run={
-                "metrics": metrics,
-                "steps": step,
-                "seconds": progress.elapsed_s,
-                "config": identity(config),
-            },
-        )
-        log.close()
-        checkpoints.clear()
+        about = {"metrics": metrics, **journal.account()}
+        save_segmenter(config.output, model, result=score.to_json(), inputs=run.inputs, run=about)
+        journal.finish(**metrics)
 
 
 def poly_schedule(config: PolyOptimConfig, steps: int) -> Callable[[int], float]:

@@ -180,7 +180,7 @@ def test_killed_run_resumes_to_the_same_weights_and_curve(
     save = CheckpointStore.save
 
     def save_and_die(
-        self: CheckpointStore, state: TrainState, tensors: dict[str, object], *, wait: bool = False
+        self: CheckpointStore, state: TrainState, tensors: dict[str, object], **how: object
     ) -> None:
         save(self, state, tensors, wait=True)
         if state.step == killed_at:
