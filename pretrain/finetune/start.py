@@ -247,8 +247,9 @@ def _config(held: ClassifierConfig, goal: Goal) -> ClassifierConfig:
 
 def _classifier(tensors: Mapping[str, Tensor], held: ClassifierConfig, goal: Goal) -> Classifier:
     config = _config(held, goal)
+    state = classifier_from_backbone(tensors, config)  # first: it draws the new head
     model = Classifier(config)
-    model.load_state_dict(classifier_from_backbone(tensors, config))
+    model.load_state_dict(state)
     return model
 
 

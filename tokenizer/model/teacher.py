@@ -167,14 +167,9 @@ def _hog(config: TeacherConfig, image_size: int, grid: int) -> Teacher:
             f"teacher hog cannot cut input_size {input_size} into {grid}x{grid} patches; "
             f"take a multiple of {grid}"
         )
-    return Teacher(
-        Hog(input_size // grid),
-        name="hog",
-        image_size=image_size,
-        input_size=input_size,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-    )
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    body = Hog(input_size // grid)
+    return Teacher(body, name="hog", image_size=image_size, input_size=input_size, mean=mean, std=std)
 
 
 # ------------------------------------------------------------------------------------------------ open_clip
@@ -189,10 +184,10 @@ class ClipTokens(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, S, S] -> [B, N, T]."""
-        found = self.visual.forward_intermediates(  # type: ignore[operator]
+        outputs = self.visual.forward_intermediates(  # type: ignore[operator]
             images, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NLC"
         )
-        tokens = found["image_intermediates"][-1]
+        tokens = outputs["image_intermediates"][-1]
         proj = self.visual.proj
         return tokens if proj is None else tokens @ proj
 
@@ -205,18 +200,18 @@ def _open_clip(config: TeacherConfig, model_name: str, image_size: int) -> Teach
     if config.model_kwargs:
         raise InputError("model_kwargs are for timm teachers; leave them out for open_clip")
     if model_name not in open_clip.list_models():
-        start = model_name.lower()[:5]
-        near = [known for known in open_clip.list_models() if known.lower().startswith(start)]
-        raise InputError(f"open_clip has no model {model_name!r}; near it: {', '.join(near[:8]) or 'none'}")
-    tag = None
-    if not _is_file(_weights(config)):
-        tag = _weights(config)
-        known_tags = open_clip.list_pretrained_tags_by_model(model_name)
-        if tag not in known_tags:
-            raise InputError(
-                f"open_clip:{model_name} has no weights {tag!r}; it has {', '.join(known_tags) or 'none'}, "
-                "or give the path or URL of a .safetensors or .pt file"
-            )
+        near = [
+            known for known in open_clip.list_models() if known.lower().startswith(model_name.lower()[:5])
+        ]
+        raise _no_model(config, "open_clip", near)
+    weights = _weights(config)
+    tag = None if _is_file(weights) else weights
+    tags = open_clip.list_pretrained_tags_by_model(model_name)
+    if tag is not None and tag not in tags:
+        raise InputError(
+            f"open_clip:{model_name} has no weights {tag!r}; it has {', '.join(tags) or 'none'}, "
+            "or give the path or URL of a .safetensors or .pt file"
+        )
     known = open_clip.get_pretrained_cfg(model_name, tag) if tag else {}
     try:
         model = open_clip.create_model(
@@ -235,13 +230,12 @@ def _open_clip(config: TeacherConfig, model_name: str, image_size: int) -> Teach
             f"open_clip:{model_name} has no plain ViT image tower; use timm:<model> for its weights"
         )
     if tag is None:
-        tensors = _read_state_dict(_weights(config))
-        if any(name.startswith("visual.") for name in tensors):
-            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("visual.")}
-        else:
+        tensors = _read_state_dict(weights)
+        if not any(name.startswith("visual.") for name in tensors):
             tensors = {f"visual.{name}": tensor for name, tensor in tensors.items()}
         resize_pos_embed(tensors, model)
-        _load_strictly(visual, {name.removeprefix("visual."): t for name, t in tensors.items()}, config)
+        image = {n.removeprefix("visual."): t for n, t in tensors.items() if n.startswith("visual.")}
+        _load_strictly(visual, image, config)
     return Teacher(
         ClipTokens(visual),
         name=config.name,
@@ -281,27 +275,21 @@ def _timm(config: TeacherConfig, model_name: str, image_size: int) -> Teacher:
         raise InputError("force_quick_gelu is for open_clip teachers; leave it out for timm")
     architecture, _, tag = model_name.partition(".")
     if not timm.is_model(architecture):
-        near = timm.list_models(f"{architecture[:12]}*")[:8]
-        raise InputError(f"timm has no model {architecture!r}; near it: {', '.join(near) or 'none'}")
-    from_file = False
-    if config.pretrained is not None or not tag:
-        from_file = _is_file(_weights(config))
-        if not from_file:
-            model_name = f"{architecture}.{config.pretrained}"
+        raise _no_model(config, "timm", timm.list_models(f"{architecture[:12]}*"))
+    weights = _weights(config) if config.pretrained is not None or not tag else tag
+    from_file = config.pretrained is not None and _is_file(weights)
     kwargs = {**config.model_kwargs, "num_classes": 0}
     if not from_file and config.input_size is not None:
         kwargs["img_size"] = config.input_size
-    model_name = architecture if from_file else model_name
+    model_name = architecture if from_file else f"{architecture}.{weights}"
     try:
         model: Any = timm.create_model(model_name, pretrained=not from_file, **kwargs)
     except TypeError as error:
-        raise InputError(
-            f"timm:{architecture} refuses model_kwargs {config.model_kwargs}: {error}"
-        ) from error
+        raise InputError(f"{config.name} refuses model_kwargs {config.model_kwargs}: {error}") from error
     except Exception as error:
         raise _no_weights(config, error) from error
     if from_file:
-        tensors = _read_state_dict(_weights(config))
+        tensors = _read_state_dict(weights)
         heads = ("head.", "head_dist.")
         _load_strictly(model, {n: t for n, t in tensors.items() if not n.startswith(heads)}, config)
         if config.input_size is not None:
@@ -330,6 +318,10 @@ def _weights(config: TeacherConfig) -> str:
             f"teacher {config.name} needs weights: set pretrained to a tag, or to a .safetensors or .pt file"
         )
     return config.pretrained
+
+
+def _no_model(config: TeacherConfig, library: str, near: Sequence[str]) -> InputError:
+    return InputError(f"{library} has no model {config.name!r}; near it: {', '.join(near[:8]) or 'none'}")
 
 
 def _is_file(pretrained: str) -> bool:

@@ -6,6 +6,7 @@ Parameter names follow the published BEiT v2 checkpoints, which are also timm's.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +118,15 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TransformerSize:
+    """Width, depth and heads of one Transformer."""
+
+    width: int
+    depth: int
+    heads: int
+
+
 class VisionTransformer(nn.Module):
     """ViT with absolute positions, as VQ-KD uses it twice (reference: mean-pooling variant without a head).
 
@@ -124,14 +134,13 @@ class VisionTransformer(nn.Module):
     patches of 1. No layer scale, no relative positions; [CLS] takes part in attention and is then dropped.
     """
 
-    def __init__(
-        self, *, grid: int, patch_size: int, in_channels: int, width: int, depth: int, heads: int
-    ) -> None:
+    def __init__(self, size: TransformerSize, *, grid: int, patch_size: int, in_channels: int) -> None:
         super().__init__()
+        width = size.width
         self.patch_embed = PatchEmbed(patch_size, in_channels, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid + 1, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, size.heads) for _ in range(size.depth))
         self.fc_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)

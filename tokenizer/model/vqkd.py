@@ -23,18 +23,9 @@ from tokenizer.model.quantizer import (
     QuantizerOutput,
     exact_float32,
 )
-from tokenizer.model.vit import VisionTransformer, init_linear
+from tokenizer.model.vit import TransformerSize, VisionTransformer, init_linear
 
 # Shapes below: B images, S image size, N = grid^2 patches, K codes, D code_dim, T teacher's dimension.
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransformerSize:
-    """Width, depth and heads of one Transformer."""
-
-    width: int
-    depth: int
-    heads: int
 
 
 ENCODERS = {
@@ -223,12 +214,7 @@ class VQKD(nn.Module):
         self.config = config
         encoder, decoder = config.encoder_size, config.decoder_size
         self.encoder = VisionTransformer(
-            grid=config.grid,
-            patch_size=config.patch_size,
-            in_channels=3,
-            width=encoder.width,
-            depth=encoder.depth,
-            heads=encoder.heads,
+            encoder, grid=config.grid, patch_size=config.patch_size, in_channels=3
         )
         self.encode_task_layer = _task_layer(encoder.width, config.code_dim)
         self.quantize = NormEMAQuantizer(
@@ -240,12 +226,7 @@ class VQKD(nn.Module):
         )
         if target_dim is not None:
             self.decoder = VisionTransformer(
-                grid=config.grid,
-                patch_size=1,
-                in_channels=config.code_dim,
-                width=decoder.width,
-                depth=decoder.depth,
-                heads=decoder.heads,
+                decoder, grid=config.grid, patch_size=1, in_channels=config.code_dim
             )
             self.decode_task_layer = _task_layer(decoder.width, target_dim)
 
@@ -303,8 +284,8 @@ class VQKD(nn.Module):
             taken += 1
             if tokens.shape[0] >= share:
                 break
-        found = self.quantize.kmeans_init_(tokens, worker, seed=seed)
-        return CodebookStart(tokens=found, wanted=wanted, batches=taken)
+        total = self.quantize.kmeans_init_(tokens, worker, seed=seed)
+        return CodebookStart(tokens=total, wanted=wanted, batches=taken)
 
 
 def _task_layer(width: int, out: int) -> nn.Sequential:

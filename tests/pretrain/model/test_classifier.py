@@ -15,7 +15,7 @@ from pretrain.model.backbone import BackboneConfig, BackboneSize
 from pretrain.model.classifier import Classifier, ClassifierConfig, classifier_from_backbone
 from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
 from pretrain.model.positions import resize_position_table
-from tokenizer.model.vit import VisionTransformer
+from tokenizer.model.vit import TransformerSize, VisionTransformer
 
 BACKBONE = BackboneConfig(image_size=24, patch_size=6, width=32, depth=3, heads=4)
 
@@ -222,7 +222,9 @@ def test_absolute_positions_are_resized():
 
 @torch.no_grad()
 def test_the_tokenizers_encoder_is_fine_tuned_as_the_same_class():
-    encoder = VisionTransformer(grid=4, patch_size=6, in_channels=3, width=32, depth=3, heads=4)
+    encoder = VisionTransformer(
+        TransformerSize(width=32, depth=3, heads=4), grid=4, patch_size=6, in_channels=3
+    )
     shaken(encoder)
     backbone = dataclasses.replace(BACKBONE, layer_scale_init=0.0)
     config = ClassifierConfig(

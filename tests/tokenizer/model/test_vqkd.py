@@ -16,10 +16,10 @@ from torch import Tensor
 from pipeline.errors import InputError
 from pipeline.training.optim import OptimConfig, build_optimizer
 from pipeline.training.worker import Worker
+from tokenizer.model.vit import TransformerSize
 from tokenizer.model.vqkd import (
     VQKD,
     CodebookStart,
-    TransformerSize,
     VQKDConfig,
     normalize_pixels,
     teacher_loss,
