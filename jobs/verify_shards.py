@@ -17,14 +17,10 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pipeline import storage
 from pipeline.config import URL, absolute_places, run_job
 from pipeline.errors import InputError
-from shards.dataset.dataset import Dataset, open_dataset
-from shards.upkeep.rebuild import Encoder
-from shards.upkeep.recover import OpenedPart
+from shards.dataset.dataset import open_dataset
 from shards.upkeep.repair import Repair, repair_dataset
 from shards.upkeep.verify import Verification, verify_dataset
 from shards.writer.commit import RUN_CONFIG
@@ -75,7 +71,7 @@ class VerifyConfig:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Report:
-    """All that a run found out and did."""
+    """Everything a run established and did."""
 
     verification: Verification
     repairs: tuple[Repair, ...]
@@ -105,84 +101,74 @@ def verify(config: VerifyConfig) -> Report:
         num_threads=config.num_threads,
         absent=config.repair,
     )
-    found = look()
-    repairs: list[Repair] = []
-    codes_of: list[OpenedPart] = []
-    if config.tokenizer is not None and found.parts:
+    verification, repairs = look(), list[Repair]()
+    tables = [part.table for part in verification.parts]
+    if config.tokenizer is not None and tables:
         from tokenizer.precompute.pairing import parts_of_tokenizer
 
-        chosen = parts_of_tokenizer([part.table for part in found.parts], config.tokenizer)
-        codes_of = [part for part in found.parts if part.table in chosen]
-    if config.repair and any(problem.damaged for problem in found.problems):
-        images = _images(config, found)
-        repairs = repair_dataset(found, images=images, encoder=_encoder(config, codes_of))
-        found = dataclasses.replace(look(after=found), notes=found.notes)
-    return Report(verification=found, repairs=tuple(repairs), retokenized=_retokenize(config, found))
+        parts_of_tokenizer(tables, config.tokenizer)
+    if config.repair and any(problem.damaged for problem in verification.problems):
+        from tokenizer.precompute.items import ItemMaker
+
+        # Shards of crops and codes are made by the write pass's own code.
+        make_item = ItemMaker(
+            verification.url, _images(config, verification), config.tokenizer, config.num_threads
+        )
+        repairs = repair_dataset(verification, make_item)
+        verification = dataclasses.replace(look(after=verification), notes=verification.notes)
+    retokenized = _retokenize(config, verification)
+    return Report(verification=verification, repairs=tuple(repairs), retokenized=retokenized)
 
 
-def _images(config: VerifyConfig, found: Verification) -> Dataset | None:
+def _images(config: VerifyConfig, verification: Verification) -> str | None:
     """The image shards that were given, or those that the writer read, where they are still to be found."""
+    named = {part.manifest.inputs.get("images") for part in verification.parts} - {None}
     if config.images is not None:
-        return open_dataset(config.images, "images")
+        fingerprint = open_dataset(config.images, "images").fingerprint
+        if named and fingerprint not in named:
+            raise InputError(
+                f"{config.images} is {fingerprint}, but the crops were made from "
+                f"{', '.join(sorted(map(str, named)))}; give that image dataset with --images"
+            )
+        return config.images
     try:
-        record = json.loads(storage.read(storage.join(found.url, RUN_CONFIG)))
-        images = open_dataset(record["config"]["images"], "images")
+        record = json.loads(storage.read(storage.join(verification.url, RUN_CONFIG)))
+        url = record["config"]["images"]
+        return url if open_dataset(url, "images").fingerprint in named else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, InputError):
         return None
-    named = {part.manifest.inputs.get("images") for part in found.parts}
-    return images if images.fingerprint in named else None
 
 
-def _retokenize(config: VerifyConfig, found: Verification) -> Retokenized | None:
+def _retokenize(config: VerifyConfig, verification: Verification) -> Retokenized | None:
     share = RETOKENIZE if config.retokenize is None else config.retokenize
-    if config.tokenizer is None or share == 0 or not found.parts:
+    if config.tokenizer is None or share == 0 or not verification.parts:
         return None
+    import torch
+
     from tokenizer.precompute.pairing import retokenize
 
-    bad = {(problem.part, problem.view, problem.number) for problem in found.problems}
+    if config.use_gpu and not torch.cuda.is_available():
+        raise InputError("use_gpu is true, but there is no GPU here; leave it out")
+    bad = {(problem.part, problem.view, problem.number) for problem in verification.problems}
     return retokenize(
-        [part.table for part in found.parts],
+        [part.table for part in verification.parts],
         config.tokenizer,
         share,
-        device=_device(config),
+        device="cuda" if torch.cuda.is_available() and config.use_gpu is not False else "cpu",
         skip=lambda part, view, number: (part, view, number) in bad,
     )
 
 
-def _encoder(config: VerifyConfig, parts: list[OpenedPart]) -> Encoder | None:
-    """The tokenizer, for codes that are lost; it runs as the recipe of its first part says."""
-    if config.tokenizer is None or not parts:
-        return None
-    import torch
-
-    from tokenizer.precompute.pairing import load_as_written
-
-    tokenizer = load_as_written(parts[0].manifest, config.tokenizer, _device(config))
-
-    def encode(pixels: np.ndarray) -> np.ndarray:
-        return tokenizer.encode(torch.from_numpy(pixels)).cpu().numpy()
-
-    return Encoder(fingerprint=tokenizer.fingerprint, encode=encode)
-
-
-def _device(config: VerifyConfig) -> str:
-    import torch
-
-    if config.use_gpu and not torch.cuda.is_available():
-        raise InputError("use_gpu is true, but there is no GPU here; leave it out")
-    return "cuda" if torch.cuda.is_available() and config.use_gpu is not False else "cpu"
-
-
 def in_words(report: Report) -> list[str]:
     """A line for each problem and repair, then a summary."""
-    found, total = report.verification, report.verification.total
+    verification, total = report.verification, report.verification.total
     lines = [f"repair: {repair}" for repair in report.repairs]
-    lines += [str(problem) for problem in found.problems]
-    lines += [f"note: {note}" for note in found.notes]
-    state = "sound" if report.sound else f"UNSOUND, {len(found.problems):,} problems"
+    lines += [str(problem) for problem in verification.problems]
+    lines += [f"note: {note}" for note in verification.notes]
+    state = "sound" if report.sound else f"UNSOUND, {len(verification.problems):,} problems"
     lines.append(
-        f"{found.url}: {state}; sound: parts {len(found.parts):,}, shards {total.shards:,}, objects "
-        f"{total.objects:,}, bytes {total.bytes:,}, samples {total.samples:,}, of them decoded "
+        f"{verification.url}: {state}; sound: parts {len(verification.parts):,}, shards {total.shards:,}, "
+        f"objects {total.objects:,}, bytes {total.bytes:,}, samples {total.samples:,}, of them decoded "
         f"{total.decoded:,}, rejects {sum(total.rejected.values()):,}"
     )
     if report.retokenized is not None:
@@ -192,38 +178,22 @@ def in_words(report: Report) -> list[str]:
 
 def to_json(report: Report) -> dict[str, Any]:
     """The same for programs."""
-    found, retokenized = report.verification, report.retokenized
+    verification, retokenized = report.verification, report.retokenized
+    base = next((part for part in verification.parts if part.kind == "base"), None)
     return {
-        "dataset": found.url,
+        "dataset": verification.url,
         "sound": report.sound,
-        "fingerprint": _fingerprint(found),
-        "problems": [
-            {
-                "object": problem.object,
-                "kind": problem.kind,
-                "what": problem.what,
-                "mend": problem.mend,
-                "damaged": problem.damaged,
-            }
-            for problem in found.problems
-        ],
-        "notes": list(found.notes),
-        "checked": dataclasses.asdict(found.total),
+        "fingerprint": None if base is None or base.manifest_lost else base.manifest.fingerprint,
+        "problems": [dataclasses.asdict(problem) for problem in verification.problems],
+        "notes": list(verification.notes),
+        "checked": dataclasses.asdict(verification.total),
         "parts": [
-            {"url": part.url, "kind": part.kind, **dataclasses.asdict(found.tallies[part.url])}
-            for part in found.parts
+            {"url": part.url, "kind": part.kind, **dataclasses.asdict(verification.tallies[part.url])}
+            for part in verification.parts
         ],
         "repairs": [dataclasses.asdict(repair) for repair in report.repairs],
-        "retokenized": None
-        if retokenized is None
-        else {**dataclasses.asdict(retokenized), "sound": retokenized.sound},
+        "retokenized": retokenized and {**dataclasses.asdict(retokenized), "sound": retokenized.sound},
     }
-
-
-def _fingerprint(found: Verification) -> str | None:
-    """Of the base; None where its manifest is lost."""
-    base = next((part for part in found.parts if part.kind == "base"), None)
-    return None if base is None or base.manifest_lost else base.manifest.fingerprint
 
 
 if __name__ == "__main__":

@@ -159,10 +159,11 @@ def items(plan: Plan) -> Iterator[Item]:
     """Every work item, view by view and in order of ids, made one at a time."""
     for view in range(plan.first_view, plan.first_view + plan.views):
         for number in range(plan.num_ranges):
-            yield _item(plan, view, number)
+            yield item_at(plan, view, number)
 
 
-def _item(plan: Plan, view: int, number: int) -> Item:
+def item_at(plan: Plan, view: int, number: int) -> Item:
+    """The work item of one view and range."""
     first_id, end_id = plan.first_ids[number : number + 2]
     samples = end_id - first_id if plan.samples is None else plan.samples[number]
     return Item(view=view, number=number, first_id=first_id, end_id=end_id, samples=samples)

@@ -23,11 +23,11 @@ from pipeline.cluster.items import map_items
 from pipeline.config import ASIDE, PLACE, identity
 from pipeline.errors import InputError
 from pipeline.training.metrics import Progress
-from shards.format.build import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, ForeignTar, build_shard
+from shards.format.build import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, BuiltShard, ForeignTar, build_shard
 from shards.format.manifest import MANIFEST, Manifest, Recipe, read_manifest
 from shards.format.plan import Item, Plan
 from shards.format.records import RejectedSample, StoredSample
-from shards.pixels.decode import DecodeConfig, Rejected, decode, decode_image, decode_recipe
+from shards.pixels.decode import DecodeConfig, Rejected, decode, decode_config_of, decode_image, decode_recipe
 from shards.sources.listing import LabelRule, SourceConfig, list_sources, read_sources
 from shards.sources.table import (
     SOURCES,
@@ -286,11 +286,6 @@ class Part:
     root: str
     plan: Plan
 
-    @property
-    def is_tars(self) -> bool:
-        """True where the images stay in the source's tars."""
-        return self.plan.details["source"]["kind"] == "tars"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -314,7 +309,7 @@ def _write_shards(config: PrepareConfig, parts: list[Part]) -> None:
     done = total - sum(items.samples for items in todo)
     progress = Progress("preparing", total, "images", done=done)
     rejected = 0
-    for samples, rejects in map_items(work, functools.partial(Preparer, config, parts), config.cluster):
+    for samples, rejects in map_items(work, functools.partial(Preparer, parts), config.cluster):
         rejected += rejects
         progress.update(samples + rejects, rejected=rejected)
     progress.close(rejected=rejected)
@@ -323,52 +318,59 @@ def _write_shards(config: PrepareConfig, parts: list[Part]) -> None:
 class Preparer:
     """Writes the shard of one id range: read, decode to prove, build, commit. Returns (written, rejected)."""
 
-    def __init__(self, config: PrepareConfig, parts: Sequence[Part]) -> None:
-        self._config = config
+    def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = parts
         self._pool = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="read")
 
     def __call__(self, work: Work) -> tuple[int, int]:
         part, item = self._parts[work.part], work.item
         rows = load_rows(storage.join(part.root, SOURCES), item.first_id, item.end_id)
-        images = _images(rows, self._config, self._pool)
-        samples: list[StoredSample] = []
-        rejects: list[RejectedSample] = []
-        for sample_id, (source, image) in enumerate(zip(rows, images, strict=True), item.first_id):
-            try:
-                samples.append(self._sample(sample_id, source, image, part.is_tars))
-            except Rejected as rejected:
-                reason, message = rejected.reason, rejected.message
-                rejects.append(
-                    RejectedSample(sample_id=sample_id, source=source.name, reason=reason, message=message)
-                )
-        foreign = None
-        if part.is_tars:
-            found = check_unchanged(rows[0].url, rows[0].version)
-            foreign = ForeignTar(url=found.url, bytes=found.bytes, version=found.version)
-        built = build_shard(samples, rejects, grid=None, codebook_size=None, foreign=foreign)
-        receipt = commit.commit(part.root, part.plan, item, built)
+        receipt = commit.commit(part.root, part.plan, item, make_item(part.plan, item, rows, self._pool))
         return receipt.samples, sum(receipt.rejected.values())
 
-    def _sample(
-        self, sample_id: int, source: Source, image: bytes | Rejected, in_place: bool
-    ) -> StoredSample:
-        """The sample, its image decoded once and found readable; raises Rejected."""
-        if isinstance(image, Rejected):
-            raise image
-        decoded = decode(image, self._config.decode)
-        height, width = decoded.pixels.shape[:2]
-        return StoredSample(
-            sample_id=sample_id,
-            view=0,
-            image=image,
-            extension=decoded.extension,
-            source=source.name,
-            source_width=width,
-            source_height=height,
-            label=source.label,
-            image_offset=source.offset if in_place else None,
-        )
+
+def make_item(plan: Plan, item: Item, rows: list[Source], pool: ThreadPoolExecutor) -> BuiltShard:
+    """The objects of one id range, whose sources are `rows`: read, decoded to prove them readable, built."""
+    decode_config = decode_config_of(plan.recipe.require_decode())
+    column = plan.recipe.image_column or "image"
+    images = read_sources(rows, image_column=column, max_file_bytes=decode_config.max_file_bytes, pool=pool)
+    in_place = plan.details["source"]["kind"] == "tars"
+    samples: list[StoredSample] = []
+    rejects: list[RejectedSample] = []
+    for sample_id, (source, image) in enumerate(zip(rows, images, strict=True), item.first_id):
+        try:
+            samples.append(_sample(sample_id, source, image, decode_config, in_place))
+        except Rejected as rejected:
+            reason, message = rejected.reason, rejected.message
+            rejects.append(
+                RejectedSample(sample_id=sample_id, source=source.name, reason=reason, message=message)
+            )
+    foreign = None
+    if in_place:
+        tar = check_unchanged(rows[0].url, rows[0].version)
+        foreign = ForeignTar(url=tar.url, bytes=tar.bytes, version=tar.version)
+    return build_shard(samples, rejects, grid=None, codebook_size=None, foreign=foreign)
+
+
+def _sample(
+    sample_id: int, source: Source, image: bytes | Rejected, config: DecodeConfig, in_place: bool
+) -> StoredSample:
+    """The sample, its image decoded once and found readable; raises Rejected."""
+    if isinstance(image, Rejected):
+        raise image
+    decoded = decode(image, config)
+    height, width = decoded.pixels.shape[:2]
+    return StoredSample(
+        sample_id=sample_id,
+        view=0,
+        image=image,
+        extension=decoded.extension,
+        source=source.name,
+        source_width=width,
+        source_height=height,
+        label=source.label,
+        image_offset=source.offset if in_place else None,
+    )
 
 
 def _print_account(root: str, manifest: Manifest) -> None:

@@ -76,7 +76,7 @@ def test_what_cannot_be_repaired_is_said_and_stays_unsound(
         file.unlink()
     assert status(VerifyConfig(dataset=images, repair=True)) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line.startswith(f"repair: {tar}: not brought back, its source ")]
+    assert [line for line in lines if line.startswith(f"repair: {tar}: not brought back, ")]
     assert [line for line in lines if line.startswith(f"{tar}: missing")]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,14 +13,13 @@ from PIL import Image
 
 from pipeline.cluster.config import ClusterConfig
 from shards.dataset.dataset import Dataset, layer_url, open_dataset, open_table, views_url
-from shards.dataset.images import ImageSample, read_crops, read_images
-from shards.format.build import ForeignTar, build_shard
+from shards.dataset.images import read_crops, read_images
+from shards.format.build import BuiltShard, ForeignTar, build_shard
 from shards.format.manifest import Manifest, Recipe, TokenizerSpec
 from shards.format.plan import items
 from shards.format.records import RejectedSample, StoredSample
 from shards.pixels.decode import DecodeConfig, Rejected, decode_image, decode_recipe
 from shards.pixels.views import CropBox, Jitter, ViewPolicy, decode_crop, encode_crop, render, view_at
-from shards.upkeep.rebuild import Encoder
 from shards.writer.commit import Item, Plan, commit, finish, pending, start
 from shards.writer.layers import build_layer_shard, layer_plan
 from shards.writer.prepare import PrepareConfig, prepare_images
@@ -178,56 +177,73 @@ def _write_crops(root: str, images: Dataset, first_view: int, views: int, base: 
         tokenizer=_tokenizer(TOKENIZERS["base"]),
     )
 
-    def made(image: ImageSample, view: int) -> StoredSample | RejectedSample:
+    start(root, plan)
+    for item in items(plan):
+        commit(root, plan, item, crop_shard(images, plan, item))
+    finish(root, plan, decode_crop)
+
+
+def crop_shard(
+    images: Dataset, plan: Plan, item: Item, codes: Mapping[int, np.ndarray] | None = None
+) -> BuiltShard:
+    """A shard of crops as the write pass makes it, with given codes or those of the fake tokenizer."""
+    policy = ViewPolicy(**plan.recipe.require_views())
+    samples: list[StoredSample] = []
+    rejects: list[RejectedSample] = []
+    for image in read_images(images, item.first_id, item.end_id):
         try:
             pixels = decode_image(image.image, _DECODE)
         except Rejected as error:
-            return RejectedSample(
-                sample_id=image.sample_id, source=image.source, reason=error.reason, message=error.message
+            rejects.append(
+                RejectedSample(
+                    sample_id=image.sample_id,
+                    source=image.source,
+                    reason=error.reason,
+                    message=error.message,
+                )
             )
+            continue
         height, width = pixels.shape[:2]
-        where = view_at(policy, image.sample_id, view, height=height, width=width)
+        where = view_at(policy, image.sample_id, item.view, height=height, width=width)
         crop = encode_crop(render(pixels, where, policy.interpolation), policy.jpeg_quality)
-        return StoredSample(
-            sample_id=image.sample_id,
-            view=view,
-            image=crop,
-            extension="jpg",
-            source=image.source,
-            source_width=width,
-            source_height=height,
-            label=image.label,
-            crop=where.crop,
-            hflip=where.hflip,
-            jitter=where.jitter,
-            codes=fake_codes(decode_crop(crop)).reshape(2, 2),
+        given = fake_codes(decode_crop(crop)) if codes is None else codes[image.sample_id]
+        samples.append(
+            StoredSample(
+                sample_id=image.sample_id,
+                view=item.view,
+                image=crop,
+                extension="jpg",
+                source=image.source,
+                source_width=width,
+                source_height=height,
+                label=image.label,
+                crop=where.crop,
+                hflip=where.hflip,
+                jitter=where.jitter,
+                codes=given.reshape(2, 2),
+            )
         )
-
-    start(root, plan)
-    for item in items(plan):
-        found = [made(image, item.view) for image in read_images(images, item.first_id, item.end_id)]
-        stored = [one for one in found if isinstance(one, StoredSample)]
-        rejects = [one for one in found if isinstance(one, RejectedSample)]
-        commit(root, plan, item, build_shard(stored, rejects, grid=(2, 2), codebook_size=64))
-    finish(root, plan, decode_crop)
+    return build_shard(samples, rejects, grid=(2, 2), codebook_size=64)
 
 
 def _write_layer(root: str, first_view: int) -> None:
     """Codes of another tokenizer, which sees everything darker."""
-    pixels = open_table(views_url(root, first_view))
-    plan = layer_plan(pixels, _tokenizer(TOKENIZERS["layer"]), Recipe())
+    plan = layer_plan(open_table(views_url(root, first_view)), _tokenizer(TOKENIZERS["layer"]), Recipe())
     place = layer_url(root, TOKENIZERS["layer"], first_view)
     start(place, plan)
     for item in items(plan):
-        shard = pixels.shard(item.view - first_view, item.number)
-        crops = list(read_crops(shard))
-        codes = np.array([fake_codes(decode_crop(crop.image)) // 2 for crop in crops], np.uint16)
-        ids = np.array([crop.sample_id for crop in crops], np.int64)
-        built = build_layer_shard(
-            shard, first_view, ids, codes.reshape(len(ids), 4), grid=(2, 2), codebook_size=64
-        )
-        commit(place, plan, item, built)
+        commit(place, plan, item, layer_shard(root, plan, item))
     finish(place, plan, decode_crop)
+
+
+def layer_shard(root: str, plan: Plan, item: Item) -> BuiltShard:
+    """A shard of the code layer of the dataset at `root`."""
+    shard = open_table(views_url(root, plan.first_view)).shard(item.view - plan.first_view, item.number)
+    crops = list(read_crops(shard))
+    codes = np.array([fake_codes(decode_crop(crop.image)) // 2 for crop in crops], np.uint16)
+    ids = np.array([crop.sample_id for crop in crops], np.int64)
+    codes = codes.reshape(len(ids), 4)
+    return build_layer_shard(shard, plan.first_view, ids, codes, grid=(2, 2), codebook_size=64)
 
 
 @pytest.fixture(scope="session")
@@ -262,12 +278,15 @@ def written_once(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
 
 @pytest.fixture
-def encoders() -> dict[str, Encoder]:
-    """What gave the codes: `base` those beside the crops, `layer` those of the code layer."""
-    return {
-        "base": Encoder(fingerprint=TOKENIZERS["base"], encode=fake_codes),
-        "layer": Encoder(fingerprint=TOKENIZERS["layer"], encode=lambda pixels: fake_codes(pixels) // 2),
-    }
+def make_item(written: Written) -> Callable[..., BuiltShard]:
+    """What a repair of the written token dataset needs: its writers, and the images."""
+
+    def make(plan: Plan, item: Item, codes: Mapping[int, np.ndarray] | None) -> BuiltShard:
+        if plan.kind == "codes":
+            return layer_shard(written.tokens, plan, item)
+        return crop_shard(open_dataset(written.images), plan, item, codes)
+
+    return make
 
 
 @pytest.fixture

@@ -77,6 +77,40 @@ class ItemWriter:
         )
 
 
+class ItemMaker:
+    """Makes shards of a finished dataset again, for a repair: from the images and the tokenizer at hand."""
+
+    def __init__(
+        self, dataset_url: str, images_url: str | None, tokenizer_url: str | None, num_threads: int
+    ) -> None:
+        self._dataset_url = dataset_url
+        self._images_url = images_url
+        self._tokenizer_url = tokenizer_url
+        self._num_threads = num_threads
+        self._makers: dict[tuple[str, bool], CropMaker | LayerMaker] = {}
+
+    def __call__(self, plan: Plan, item: Item, codes: Mapping[int, np.ndarray] | None) -> BuiltShard:
+        """The shard of an item; InputError says what it takes."""
+        maker = self._makers.get((plan.fingerprint, codes is None)) or self._new_maker(plan, codes is None)
+        self._makers[plan.fingerprint, codes is None] = maker
+        return maker.make(item) if isinstance(maker, LayerMaker) else maker.make(item, codes)
+
+    def _new_maker(self, plan: Plan, encodes: bool) -> CropMaker | LayerMaker:
+        encoder = None
+        if encodes:
+            if self._tokenizer_url is None:
+                tokenizer = plan.inputs["tokenizer"]
+                raise InputError(f"its codes are lost; give their tokenizer, {tokenizer}, with --tokenizer")
+            encoder = CropEncoder(plan, self._tokenizer_url)
+        if plan.kind == "codes":
+            assert encoder is not None
+            return LayerMaker(plan, self._dataset_url, encoder, self._num_threads)
+        if self._images_url is None:
+            images = plan.inputs["images"]
+            raise InputError(f"it takes the images that it was made from, {images}; give them with --images")
+        return CropMaker(plan, self._images_url, encoder, self._num_threads)
+
+
 # ------------------------------------------------------------------------------------------------ crops
 
 
@@ -119,6 +153,8 @@ class CropMaker:
         else:
             for _ in pixels():
                 pass
+            if absent := [sample.key for sample in samples if sample.sample_id not in codes]:
+                raise InputError(f"there are no stored codes of {absent[0]}, which these images give")
         grid, codebook_size = _grid(self._plan)
         paired = [dataclasses.replace(crop, codes=codes[crop.sample_id].reshape(grid)) for crop in samples]
         return build_shard(paired, rejects, grid=grid, codebook_size=codebook_size)

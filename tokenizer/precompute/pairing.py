@@ -23,7 +23,7 @@ from shards.dataset.rows import read_shard_index
 from shards.format.index import codes_of
 from shards.format.manifest import Manifest, ShardInfo
 from shards.pixels.views import decode_crop
-from shards.upkeep.check import is_chosen
+from shards.upkeep.verify import is_chosen
 from tokenizer.model.artifact import VisualTokenizer, read_tokenizer
 
 NEAR_TIE = 1e-4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 from collections.abc import Callable
@@ -23,10 +22,11 @@ from shards.format.index import read_index, write_rejects, write_table
 from shards.format.manifest import Manifest, Recipe
 from shards.format.plan import Plan, items
 from shards.format.records import RejectedSample, StoredSample
-from shards.format.tar import build_tar, iter_members
+from shards.format.tar import build_tar
 from shards.pixels.decode import DecodeConfig, decode_recipe
-from shards.pixels.views import CropBox, Jitter, decode_crop, encode_crop
-from shards.upkeep.verify import Verification, verify_dataset
+from shards.pixels.views import decode_crop, encode_crop
+from shards.upkeep.repair import MakeItem
+from shards.upkeep.verify import Verification, is_chosen, verify_dataset
 from shards.writer.commit import commit, finish, receipt_url, start
 
 Written = Any  # of conftest
@@ -101,18 +101,14 @@ def swap(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["shards", "index", "receipts"])
-def test_swapped_objects_are_both_found_and_say_so(written: Written, folder: str) -> None:
+def test_swapped_objects_are_both_found(written: Written, folder: str) -> None:
     first, *_, last = sorted(path for path in (Path(written.tokens) / folder).rglob("v*"))
     swap(first, last)
-    found = verify_dataset(written.tokens, sample=0)
     # readers of a code layer need the base's tars and indexes, but the layer's own objects are as they were
-    assert named(found) == {str(first), str(last)}
-    if folder != "receipts":
-        [mine] = [problem for problem in found.problems if problem.object == str(first)]
-        assert str(last) in mine.what
+    assert named(verify_dataset(written.tokens, sample=0)) == {str(first), str(last)}
 
 
-def test_strangers_are_noted_and_harm_nobody(written: Written) -> None:
+def test_unreferenced_files_are_noted_and_harm_nobody(written: Written) -> None:
     for name in ("README.txt", "shards/v00-00000-00000000.tar", "more/v02/index/x", "receipts/x.json"):
         (Path(written.tokens) / name).write_bytes(b"x")
     found = verify_dataset(written.tokens, sample=0)
@@ -136,37 +132,14 @@ def test_a_second_look_reads_only_what_had_problems(written: Written) -> None:
 
 
 def write_wrong(
-    root: str,
-    written: Written,
-    change: Callable[[BuiltShard, Plan], BuiltShard],
-    changed_plan: Callable[[Plan], Plan] = lambda plan: plan,
+    root: str, written: Written, make_item: MakeItem, change: Callable[[BuiltShard], BuiltShard]
 ) -> Verification:
     """The token dataset once more, its first shard changed after it was built; then verified."""
-    source = open_table(written.tokens)
-    plan = changed_plan(Plan.from_bytes((Path(written.tokens) / "plan.json").read_bytes()))
+    plan = Plan.from_bytes((Path(written.tokens) / "plan.json").read_bytes())
     start(root, plan)
     for item in items(plan):
-        shard = source.shard(item.view, item.number)
-        index = read_index(storage.read(shard.index))
-        rejects = None if shard.rejects is None else storage.read(shard.rejects)
-        ids = index.column("sample_id").to_numpy()
-        others = np.setdiff1d(np.arange(item.first_id, item.end_id), ids)
-        built = BuiltShard(
-            tar=storage.read(shard.tar),
-            foreign=None,
-            index=storage.read(shard.index),
-            rejects=rejects,
-            grid=(2, 2),
-            codebook_size=64,
-            view=item.view,
-            samples=shard.samples,
-            rejected={} if rejects is None else {"too_large": 1},
-            sample_ids=ids,
-            rejected_ids=others[: shard.rejected],
-        )
-        if (item.view, item.number) == (0, 0):
-            built = change(built, plan)
-        commit(root, plan, item, built)
+        built = make_item(plan, item, None)
+        commit(root, plan, item, change(built) if (item.view, item.number) == (0, 0) else built)
     with pytest.MonkeyPatch.context() as patch:  # the write pass would find out with its probe
         patch.setattr("shards.writer.commit.probe_shard", lambda shard, rows, decode: [])
         finish(root, plan, decode_crop)
@@ -181,106 +154,43 @@ def index_with(built: BuiltShard, column: str, change: Callable[[list[Any]], lis
     return dataclasses.replace(built, index=write_table(table))
 
 
-def first_changed(value: Any) -> Callable[[list[Any]], list[Any]]:
-    return lambda values: [value(values[0]) if callable(value) else value, *values[1:]]
+def beyond(codes: list[list[int]]) -> list[list[int]]:
+    return [[64, 0, 0, 0], *codes[1:]]
+
+
+def no_picture(data: bytes) -> bytes:
+    return b"\xff\xd8 no picture".ljust(len(data), b"\0")
+
+
+def smaller(data: bytes) -> bytes:
+    return encode_crop(decode_crop(data)[:8, :8], 95).ljust(len(data), b"\0")
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "message"),
+    ("kind", "change", "message"),
     [
-        ("key", "0000000099-00", "keys that are not those"),
-        ("view", 1, "another view"),
-        ("label", 2, "labels without a class"),
-        ("label", -1, "labels without a class"),
-        ("image_offset", 0, "holds"),
-        ("image_offset", 10**9, "no place in the tar"),
-        ("image_hash", b"0" * 32, "has other bytes than the hash"),
-        ("codes", [64, 0, 0, 0], "codes beyond the codebook"),
-        ("codes", lambda codes: [codes[0] ^ 1, *codes[1:]], "holds other codes"),
-        ("hflip", lambda flip: not flip, "other views than the recipe draws"),
-        ("crop", lambda crop: {**crop, "left": crop["left"] + 1000}, "crop boxes outside"),
-        ("jitter", None, "other views than the recipe draws"),
-        ("source_width", lambda width: width + 1, "other views"),
+        ("index", lambda built: index_with(built, "codes", beyond), "codes beyond the codebook in 1 of"),
+        ("index", lambda built: dataclasses.replace(built, index=b"no Parquet"), "not a readable Parquet"),
+        ("tar", lambda built: with_image(built, no_picture), "cannot be decoded"),
+        ("tar", lambda built: with_image(built, smaller), "is 8 x 8 pixels, not 16 x 16"),
     ],
 )
-def test_wrong_rows_are_found_though_all_hashes_are_right(
-    tmp_path: Path, written_once: Written, column: str, value: Any, message: str
+def test_what_was_written_wrongly_is_found_though_all_hashes_are_right(
+    written: Written, make_item: MakeItem, kind: str, change: Callable[[BuiltShard], BuiltShard], message: str
 ) -> None:
-    found = write_wrong(
-        str(tmp_path / "out"), written_once, lambda b, _: index_with(b, column, first_changed(value))
-    )
-    assert any(message in problem.what for problem in found.problems), found.problems
-    assert all("v00-00000" in problem.object and not problem.damaged for problem in found.problems)
+    found = write_wrong(f"{written.tokens}-again", written, make_item, change)
+    [problem] = [problem for problem in found.problems if problem.kind != "manifest"]
+    assert message in problem.what and problem.kind == kind and not problem.damaged
+    assert "v00-00000" in problem.object and "write the dataset again" in problem.mend
 
 
-def tar_with(built: BuiltShard, change: Callable[[list[Any]], list[Any]]) -> BuiltShard:
+def with_image(built: BuiltShard, change: Callable[[bytes], bytes]) -> BuiltShard:
+    """The shard with another first image of the same length."""
     assert built.tar is not None
-    data = built.tar
-    members = [(m.name, data[m.offset : m.offset + m.bytes]) for m in iter_members(io.BytesIO(data))]
-    return dataclasses.replace(built, tar=build_tar(change(members))[0])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda members: [*members, ("note.txt", b"hello")], "holds note.txt where its index lists None"),
-        (lambda members: [("../x.codes.npy", members[0][1]), *members[1:]], "holds ../x.codes.npy"),
-        (lambda members: [*members[2:4], *members[:2], *members[4:]], "where its index lists"),
-        (
-            lambda members: [(members[0][0], members[0][1][:-1] + b"\x01"), *members[1:]],
-            "holds other codes for",
-        ),
-    ],
-)
-def test_a_tar_that_is_not_its_index_is_found(
-    tmp_path: Path, written_once: Written, change: Any, message: str
-) -> None:
-    found = write_wrong(str(tmp_path / "out"), written_once, lambda built, _: tar_with(built, change))
-    assert any(message in problem.what for problem in found.problems), found.problems
-
-
-def test_pixels_of_another_size_or_quality_are_found(tmp_path: Path, written_once: Written) -> None:
-    shard = open_dataset(written_once.tokens).shard(0, 0)
-    rows = read_index(storage.read(shard.index)).to_pylist()
-    crop = decode_crop(storage.read(shard.tar, rows[0]["image_offset"], rows[0]["image_bytes"]))
-    for image, message in [
-        (encode_crop(crop[:8, :8], 95), "is 8 x 8 pixels, not 16 x 16"),
-        (encode_crop(crop, 60), "JPEG of another kind"),
-        (b"\xff\xd8 no picture", "cannot be decoded"),
-    ]:
-        found = _with_image(str(tmp_path / message[:9]), written_once, image)
-        assert any(message in problem.what for problem in found.problems), found.problems
-
-
-def _with_image(root: str, written: Written, image: bytes) -> Verification:
-    """The token dataset with another first image; codes, index and tar agree about it."""
-
-    def change(built: BuiltShard, plan: Plan) -> BuiltShard:
-        table = read_index(built.index)
-        codes = np.array(table.column("codes").to_pylist(), np.uint16).reshape(-1, 2, 2)
-        samples = []
-        for i, row in enumerate(table.to_pylist()):
-            stored = built.tar[row["image_offset"] : row["image_offset"] + row["image_bytes"]]  # type: ignore[index]
-            samples.append(
-                StoredSample(
-                    sample_id=row["sample_id"],
-                    view=0,
-                    image=image if i == 0 else stored,
-                    extension="jpg",
-                    source=row["source"],
-                    source_width=row["source_width"],
-                    source_height=row["source_height"],
-                    label=row["label"],
-                    crop=CropBox(**row["crop"]),
-                    hflip=row["hflip"],
-                    jitter=Jitter(**{**row["jitter"], "order": tuple(row["jitter"]["order"])}),
-                    codes=codes[i],
-                )
-            )
-        again = build_shard(samples, [], grid=(2, 2), codebook_size=64)
-        return dataclasses.replace(built, tar=again.tar, index=again.index)
-
-    return write_wrong(root, written, change)
+    row = read_index(built.index).slice(0, 1).to_pylist()[0]
+    start, end = row["image_offset"], row["image_offset"] + row["image_bytes"]
+    image = change(built.tar[start:end])
+    return dataclasses.replace(built, tar=built.tar[:start] + image + built.tar[end:])
 
 
 def test_a_manifest_that_disagrees_with_its_plan_or_shards_is_found(written: Written) -> None:
@@ -342,7 +252,7 @@ def test_tars_indexed_in_place_are_checked_by_version_and_image(
     tar.write_bytes(bytes(flipped))
     os.utime(tar, ns=(int(found.version), int(found.version)))
     [problem] = verify_dataset(root, sample=0).problems
-    assert problem.object == str(tar) and "1 of 2 images" in problem.what and "0000000003-00" in problem.what
+    assert problem.object == str(tar) and "damaged at sample 3" in problem.what
     tar.write_bytes(archive)  # a new modification time
     assert all("has changed" in problem.what for problem in verify_dataset(root, sample=0).problems)
     tar.unlink()
@@ -376,3 +286,14 @@ def test_receipts_are_compared_with_the_table(written: Written) -> None:
     record["shard"]["samples"] += 1
     location.write_bytes(canonical_json(record) + b"\n")
     assert named(verify_dataset(written.tokens, sample=0)) == {str(location)}
+
+
+def test_a_share_of_samples_is_chosen_by_id_alone() -> None:
+    ids = np.arange(100_000, dtype=np.int64)
+    chosen = is_chosen(ids, 0.01)
+    assert 800 < chosen.sum() < 1200
+    assert (is_chosen(ids, 0.1) >= chosen).all()  # a larger share contains a smaller one
+    np.testing.assert_array_equal(is_chosen(ids[5000:6000], 0.1), is_chosen(ids, 0.1)[5000:6000])
+    assert is_chosen(ids, 1.0).all() and not is_chosen(ids, 0.0).any()
+    assert is_chosen(ids[:3], 1e-9).sum() == 1  # at least one of each shard
+    assert not is_chosen(np.empty(0, np.int64), 0.5).any()
