@@ -354,7 +354,7 @@ class ShardChecker:
             beyond = (codes_of(table) >= tokenizer.codebook_size).any(axis=1)
             if beyond.any():
                 first = table.column("key")[int(beyond.argmax())]
-                what = f"codes beyond the codebook in {beyond.sum()} of {len(beyond)} rows, first {first}"
+                what = f"codes beyond the codebook in {beyond.sum()} of {table.num_rows} rows, first {first}"
                 objects.wrong("index", shard.index, what)
         return table
 
