@@ -10,8 +10,9 @@ import json
 import sys
 
 from jobs.stages.results import Result, collect, markdown, to_json, written_into
+from jobs.stages.rows import ReproduceConfig
 from jobs.stages.runner import job_starter
-from jobs.stages.tables import ReproduceConfig, plan_table, run_all, show
+from jobs.stages.tables import plan_table, run_all, show
 from pipeline import artifacts, storage
 from pipeline.config import run_job
 from pipeline.errors import InputError

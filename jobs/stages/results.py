@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from jobs.stages.naming import JOBS
 from jobs.stages.paper_tables import Metric, Ordering, Row, paper_tables
+from jobs.stages.rows import ReproduceConfig
 from jobs.stages.stage import Stage
-from jobs.stages.tables import PlannedRow, ReproduceConfig, TablePlan
+from jobs.stages.tables import PlannedRow, TablePlan
 from pipeline import artifacts
 from pipeline.errors import InputError
 from pretrain.evals.intervals import wilson_interval
@@ -23,52 +24,36 @@ DASH: Literal["–"] = "–"
 CONTROL = "a control"
 """Source of the orderings that the paper does not have."""
 
-_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Two-sided 95 % of Student's t for 1 to 9 degrees of freedom."""
 
 Verdict = Literal["agrees", "disagrees", "within the confidence interval", "–"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """One number of one artifact, in its column's units, with half the width of its 95 % interval."""
-
-    value: float
-    half: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One column of one row."""
+    """One column of one row, in the column's units."""
 
-    paper: float | None
-    readings: tuple[Reading, ...] = ()
+    paper: float | None = None
+    values: tuple[float, ...] = ()
     """One for each seed that is finished."""
+    half: float | None = None
+    """Half the 95 % interval: of the test images with one value; of the mean over seeds with several.
+
+    Seeds share the test images, so theirs is an interval for these images, and for other seeds.
+    """
     reason: str | None = None
-    """Why there is none, or not one of every seed."""
+    """Why there is no value, or not one of every seed."""
 
     @property
     def mean(self) -> float | None:
-        """Over the seeds; None without a reading."""
-        return statistics.fmean(reading.value for reading in self.readings) if self.readings else None
+        """Over the seeds; None without a value."""
+        return statistics.fmean(self.values) if self.values else None
 
     @property
     def spread(self) -> float | None:
         """Standard deviation over the seeds, from two on."""
-        values = [reading.value for reading in self.readings]
-        return statistics.stdev(values) if len(values) > 1 else None
-
-    @property
-    def half(self) -> float | None:
-        """Half the 95 % interval: of the test images with one seed; of the mean over seeds with several.
-
-        Seeds share the test images, so theirs is an interval for these images, and for other seeds.
-        """
-        num = len(self.readings)
-        if num < 2:
-            return self.readings[0].half if self.readings else None
-        assert self.spread is not None
-        return _T_95[num - 2] * self.spread / math.sqrt(num)
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +99,7 @@ def collect(plan: TablePlan, lost: Mapping[str, str]) -> Result:
 
 
 def _cell(metric: str, planned: PlannedRow, lost: Mapping[str, str]) -> Cell:
-    readings, reason = [], planned.reasons.get(metric)
+    values, halves, reason = [], [], planned.reasons.get(metric)
     for stage in planned.measured_by.get(metric, ()):
         if stage.name in lost:
             reason = lost[stage.name]
@@ -122,10 +107,16 @@ def _cell(metric: str, planned: PlannedRow, lost: Mapping[str, str]) -> Cell:
             reason = "not run"
         else:
             try:
-                readings.append(_reading(metric, planned.row, stage))
+                value, half = _read(metric, planned.row, stage)
             except InputError as error:
                 reason = str(error)
-    return Cell(paper=planned.row.paper.get(metric), readings=tuple(readings), reason=reason)
+            else:
+                values.append(value)
+                halves.append(half)
+    half = halves[0] if halves else None
+    if (num := len(values)) > 1:
+        half = T_95[num - 2] * statistics.stdev(values) / math.sqrt(num)
+    return Cell(paper=planned.row.paper.get(metric), values=tuple(values), half=half, reason=reason)
 
 
 def _header(stage: Stage) -> dict[str, Any]:
@@ -133,16 +124,8 @@ def _header(stage: Stage) -> dict[str, Any]:
     return artifacts.read_header(stage.output, JOBS[stage.job].header) or {}
 
 
-def _training_figures(stage: Stage) -> dict[str, Any]:
-    """What a tokenizer or a backbone says of its training; empty where it does not, or is not finished."""
-    if stage.job not in ("train_tokenizer", "pretrain_mim"):
-        return {}
-    header = _header(stage)
-    return (header if stage.job == "train_tokenizer" else header.get("run", {})).get("metrics") or {}
-
-
-def _reading(metric: str, row: Row, stage: Stage) -> Reading:
-    """A column of a row from its finished artifact; InputError where it does not hold it."""
+def _read(metric: str, row: Row, stage: Stage) -> tuple[float, float | None]:
+    """A column of a row, and half its 95 % interval; InputError where the artifact does not hold it."""
     header = _header(stage)
     low = high = None
     match metric:
@@ -160,23 +143,20 @@ def _reading(metric: str, row: Row, stage: Stage) -> Reading:
         case "corruptions":
             value, lack = header["result"]["mean_corrupted"], "corrupted nothing"
         case _:
-            result = header["result"]
+            result, lack = header["result"], f"has no images of {metric}"
+            scores = [score for score in result.get("rows", ()) if score["name"] == metric]
             if metric == "probe":
                 # The first one of a model is the one its pretraining suggests ([CLS] or mean patch).
                 scores = [score for score in result["scores"] if score["model"] == row.probed]
                 lack = f"has no score of {row.probed} features"
-                lack = lack if result["skipped"] is None else f"was skipped: {result['skipped']}"
-            else:
-                scores = [score for score in result["rows"] if score["name"] == metric]
-                lack = f"has no images of {metric}"
-            value = None
-            if scores:
-                value, low, high = scores[0]["top1"], scores[0]["low"], scores[0]["high"]
+                if result["skipped"] is not None:
+                    scores, lack = [], f"was skipped: {result['skipped']}"
+            first = scores[0] if scores else {}
+            value, low, high = (first.get(key) for key in ("top1", "low", "high"))
     if value is None:
         raise InputError(f"{stage.name} {lack}")
     factor = 100.0 if paper_tables().metrics[metric].percent else 1.0
-    half = None if low is None or high is None else factor * ((high - low) / 2)
-    return Reading(value=factor * value, half=half)
+    return factor * value, None if low is None or high is None else factor * ((high - low) / 2)
 
 
 # ------------------------------------------------------------------------------------------------ orderings
@@ -232,7 +212,7 @@ def markdown(result: Result) -> str:
     seeds = f"{len(more) + 1} seeds" if more else f"seed {first}"
     titles = [f"{metric.title}: {whose}" for metric in metrics.values() for whose in ("paper", "ours")]
     lines = [f"Table {config.table}, {plan.table.title}; scale {config.scale_name}, {seeds}:", ""]
-    lines += _head("row", *titles)
+    lines += [_row("row", *titles), _row(*["---"] * (1 + len(titles)))]
     reasons: dict[str, int] = {}
     for number, planned in enumerate(plan.rows, start=1):
         cells = result.cells[planned.row.label]
@@ -250,7 +230,7 @@ def markdown(result: Result) -> str:
     # Controls that were not measured are no news; the paper's orderings are.
     judged = [each for each in judge(result) if each.said != CONTROL or each.verdict != DASH]
     if judged:
-        lines += ["", *_head("order", "column", "said in", "ours", "")]
+        lines += ["", _row("order", "column", "said in", "ours", ""), _row(*["---"] * 5)]
         lines += [_judged(metrics[each.metric], each) for each in judged]
     lines += ["", " ".join(note for note in (plan.table.note, plan.note, _about(config)) if note)]
     return "\n".join(lines).replace("  \n\n", "\n\n").rstrip() + "\n"
@@ -269,10 +249,6 @@ def _about(config: ReproduceConfig) -> str:
 
 def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _head(*cells: str) -> list[str]:
-    return [_row(*cells), _row(*["---"] * len(cells))]
 
 
 def _ours(metric: Metric, cell: Cell) -> str:
@@ -304,17 +280,22 @@ def to_json(result: Result) -> dict[str, Any]:
     """Everything that is known of a table at a scale."""
 
     def row(planned: PlannedRow) -> dict[str, Any]:
-        figures = {stage.name: _training_figures(stage) for stage in planned.stages}
+        trainings: dict[str, Any] = {}
+        for stage in planned.stages:
+            if stage.job == "train_tokenizer":
+                trainings[stage.name] = _header(stage).get("metrics")
+            elif stage.job == "pretrain_mim":
+                trainings[stage.name] = _header(stage).get("run", {}).get("metrics")
         return {
             "label": planned.row.label,
             "control": planned.control,
             "here": planned.here,
-            "stages": list(figures),
-            "trainings": {name: values for name, values in figures.items() if values},
+            "stages": [stage.name for stage in planned.stages],
+            "trainings": {name: figures for name, figures in trainings.items() if figures},
             "metrics": {
                 key: {
                     "paper": cell.paper,
-                    "values": [reading.value for reading in cell.readings],
+                    "values": cell.values,
                     "mean": cell.mean,
                     "std": cell.spread,
                     "half_interval": cell.half,

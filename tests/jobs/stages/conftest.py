@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 from jobs.stages.results import Result, collect
+from jobs.stages.rows import ReproduceConfig
 from jobs.stages.stage import Stage
-from jobs.stages.tables import ReproduceConfig, TablePlan, plan_table, run_all
+from jobs.stages.tables import TablePlan, plan_table, run_all
 from pipeline import storage
 from pipeline.cluster.config import ClusterConfig
 from shards.writer.prepare import PrepareConfig, prepare_images
@@ -60,17 +60,12 @@ class TableJobs:
             prepare_images(PrepareConfig(source=stage.flags["source"], output=stage.output, cluster=cluster))
             return 0
         top1 = self.top1(argv)
-        header: dict[str, Any] = {"files": {}}
-        if stage.job == "train_tokenizer":
-            header["metrics"] = {"reconstruction_loss": 0.25, "codebook_usage": 0.75, "perplexity": 3.0}
-        if stage.job == "finetune_classifier":
-            header["metrics"] = {"val_top1": top1}
-        if stage.job == "probe_linear":
-            scores = [("pretrained", top1), ("pretrained", 0.9), ("untrained", 0.125)]
-            header["result"] = {
-                "skipped": None,
-                "scores": [{"model": m, "top1": x, "low": x - 0.02, "high": x + 0.02} for m, x in scores],
-            }
+        scores = [
+            {"model": model, "top1": share, "low": share - 0.02, "high": share + 0.02}
+            for model, share in (("pretrained", top1), ("pretrained", 0.9), ("untrained", 0.125))
+        ]
+        metrics = {"reconstruction_loss": 0.25, "codebook_usage": 0.75, "val_top1": top1}
+        header = {"files": {}, "metrics": metrics, "result": {"skipped": None, "scores": scores}}
         storage.put(stage.outputs[0], json.dumps(header).encode())
         return 0
 

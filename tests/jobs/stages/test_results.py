@@ -13,17 +13,9 @@ import pytest
 from jobs.reproduce_table import publish
 from jobs.stages.naming import JOBS
 from jobs.stages.paper_tables import Ordering, paper_tables
-from jobs.stages.results import (
-    _T_95,
-    Cell,
-    Reading,
-    collect,
-    judge,
-    judge_column,
-    markdown,
-    written_into,
-)
-from jobs.stages.tables import MAX_SEEDS, ReproduceConfig, plan_table
+from jobs.stages.results import T_95, Cell, collect, judge, judge_column, markdown, written_into
+from jobs.stages.rows import MAX_SEEDS, ReproduceConfig
+from jobs.stages.tables import plan_table
 from pipeline.errors import InputError
 
 WITHOUT = "without patch aggregation"
@@ -44,7 +36,7 @@ def test_numbers_come_from_the_artifacts(config: ReproduceConfig, jobs: Any) -> 
 
 
 def test_several_seeds_give_mean_and_spread(config: ReproduceConfig, jobs: Any) -> None:
-    assert len(_T_95) + 1 == MAX_SEEDS
+    assert len(T_95) + 1 == MAX_SEEDS
 
     def top1(argv: Sequence[str]) -> float:
         return 0.4 + 0.1 * sum(float(word.split("=")[1]) for word in argv if word.startswith("--seed="))
@@ -52,7 +44,7 @@ def test_several_seeds_give_mean_and_spread(config: ReproduceConfig, jobs: Any) 
     jobs.top1 = top1
     result = jobs.result(replace(config, table=2, seeds="0,1,2"))
     cell = next(iter(result.cells.values()))["probe"]
-    assert [reading.value for reading in cell.readings] == pytest.approx([40.0, 50.0, 60.0])
+    assert list(cell.values) == pytest.approx([40.0, 50.0, 60.0])
     assert (cell.mean, cell.spread) == (pytest.approx(50.0), pytest.approx(10.0))
     assert cell.half == pytest.approx(4.303 * 10 / 3**0.5)
     assert "50.0 ± 10.0" in markdown(result)
@@ -78,7 +70,7 @@ def test_an_ordering_is_judged_by_sign_and_interval(
     metric: str, better: float, half: float | None, verdict: str
 ) -> None:
     """The other row has 50.0; two half intervals of 1.4 make one of 2.0 for the difference."""
-    cells = [Cell(paper=None, readings=(Reading(value=value, half=half),)) for value in (better, 50.0)]
+    cells = [Cell(values=(value,), half=half) for value in (better, 50.0)]
     ordering = Ordering(better="a", worse="b", metrics=(metric,), said="cells")
     judged = judge_column(ordering, metric, *cells)
     assert judged.verdict == verdict

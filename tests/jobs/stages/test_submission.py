@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.dashboard.modules.job.pydantic_models import JobDetails
+from ray.job_submission import JobSubmissionClient
 
 from jobs.run_pipeline import run_pipeline
 from jobs.stages.pipeline import PipelineConfig, stages
 from jobs.stages.runner import log_url
-from jobs.stages.stage import ClusterOverride, Stage, StageConfig
+from jobs.stages.stage import ClusterOverride, StageConfig
+from jobs.stages.submission import JobServer
 from pipeline import storage
 from pipeline.errors import InputError
 
@@ -52,59 +53,22 @@ def tiny_pipeline(output: str, address: str | None) -> PipelineConfig:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Submitted:
-    """What the job server says of one finished job."""
-
-    entrypoint: str
-    status: str
-    message: str
-    exit_code: int | None
-    log: str
+def submit(client: JobSubmissionClient, entrypoint: str) -> str:
+    """`ray job submit --working-dir . --no-wait -- entrypoint`."""
+    return client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(ROOT)})
 
 
-class Jobs:
-    """A plain client of the job server, as `ray job submit`, `status` and `logs` are."""
-
-    def __init__(self, address: str) -> None:
-        from ray.job_submission import JobSubmissionClient
-
-        self._client = JobSubmissionClient(address)
-
-    def submit(self, entrypoint: str) -> str:
-        """`ray job submit --working-dir . --no-wait -- entrypoint`."""
-        return self._client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(ROOT)})
-
-    def wait(self, job_id: str) -> Submitted:
-        """The job's final state and its whole log."""
-        deadline = time.monotonic() + 180
-        while not (info := self._client.get_job_info(job_id)).status.is_terminal():
-            assert time.monotonic() < deadline, f"{job_id} does not end:\n{self._client.get_job_logs(job_id)}"
-            time.sleep(0.2)
-        return Submitted(
-            entrypoint=info.entrypoint,
-            status=info.status.value,
-            message=info.message or "",
-            exit_code=info.driver_exit_code,
-            log=self._client.get_job_logs(job_id),
-        )
-
-    def stop(self, about: str) -> list[Submitted]:
-        """Ends the jobs whose command line says `about`."""
-        found = [job.submission_id for job in self._client.list_jobs() if about in job.entrypoint]
-        for job_id in found:
-            assert job_id is not None
-            self._client.stop_job(job_id)
-        return [self.wait(job_id) for job_id in found if job_id is not None]
-
-    def finished(self) -> Iterator[Submitted]:
-        """Every job the server knows of."""
-        for job in self._client.list_jobs():
-            if job.submission_id is not None:
-                yield self.wait(job.submission_id)
+def ended(client: JobSubmissionClient, job_id: str | None) -> tuple[JobDetails, str]:
+    """What the server says of the job after its end, and its whole log."""
+    assert job_id is not None
+    deadline = time.monotonic() + 180
+    while not (info := client.get_job_info(job_id)).status.is_terminal():
+        assert time.monotonic() < deadline, f"{job_id} does not end:\n{client.get_job_logs(job_id)}"
+        time.sleep(0.2)
+    return info, client.get_job_logs(job_id)
 
 
-SAYS = {
+PRINTED = {
     "draw_images": "36 images of 3 classes",
     "prepare_images": "36",
     "train_tokenizer": "perplexity",
@@ -125,53 +89,49 @@ def test_every_stage_runs_as_a_submitted_job(
 ) -> None:
     """From drawn pictures to the report, everything read from and written to an object store."""
     monkeypatch.chdir(ROOT)
-    client = Jobs(ray_head.job_server)
+    client = JobSubmissionClient(ray_head.job_server)
     output = f"{s3_url}/run"
     config = tiny_pipeline(output, ray_head.job_server)
 
     # Beside the stages, which run one after the other: bad input.
     absent = tmp_path / "absent"
-    bad_job = client.submit(f"python -m jobs.prepare_images --source {absent} --output {absent}/out")
+    bad_job = submit(client, f"python -m jobs.prepare_images --source {absent} --output {absent}/out")
 
     run_pipeline(config)
-    printed = capsys.readouterr().out
-    assert "MiB to upload (Ray takes 100 MiB)" in printed
-    names = [stage.name for stage in stages(config)]
-
+    assert "MiB to upload (Ray takes 100 MiB)" in capsys.readouterr().out
     jobs = {
-        job.entrypoint.split()[2].removeprefix("jobs."): job
-        for job in client.finished()
+        job.entrypoint.split()[2].removeprefix("jobs."): ended(client, job.submission_id)
+        for job in client.list_jobs()
         if output in job.entrypoint
     }
-    assert list(SAYS) == names
-    assert jobs.keys() == set(names)
+    assert list(PRINTED) == [stage.name for stage in stages(config)]
+    assert jobs.keys() == PRINTED.keys()
     for stage in stages(config):
-        job = jobs[stage.name]
-        assert (job.status, job.exit_code) == ("SUCCEEDED", 0), job.log
-        assert SAYS[stage.name] in job.log, job.log
+        info, log = jobs[stage.name]
+        assert (info.status, info.driver_exit_code) == ("SUCCEEDED", 0), log
+        assert PRINTED[stage.name] in log, log
         # The stage's log has the job's own lines, without those that Ray adds before its entrypoint starts.
         kept = storage.read(log_url(output, stage.name)).decode()
-        assert SAYS[stage.name] in kept
+        assert PRINTED[stage.name] in kept
         assert "Running entrypoint" not in kept
-        assert all(storage.exists(url) for url in stage.outputs)
+        assert stage.is_finished()
 
-    bad = client.wait(bad_job)
-    assert (bad.status, bad.exit_code) == ("FAILED", 2), bad.log
-    assert "exit code 2" in bad.message
-    assert str(absent) in bad.log.splitlines()[-1]
-    assert "Traceback" not in bad.log
+    info, log = ended(client, bad_job)
+    assert (info.status, info.driver_exit_code) == ("FAILED", 2), log
+    assert "exit code 2" in (info.message or "")
+    assert str(absent) in log.splitlines()[-1]
+    assert "Traceback" not in log
     assert not absent.exists()
 
-    inspected = client.wait(
-        client.submit(f"python -m jobs.inspect_shards --dataset {output}/token_shards --json")
-    )
-    assert inspected.status == "SUCCEEDED", inspected.log
-    assert '"perplexity"' in inspected.log
+    command = f"python -m jobs.inspect_shards --dataset {output}/token_shards --json"
+    info, log = ended(client, submit(client, command))
+    assert info.status == "SUCCEEDED", log
+    assert '"perplexity"' in log
 
     # Nothing is submitted a second time.
     run_pipeline(config)
-    assert capsys.readouterr().out.count("; skipped") == len(names)
-    assert sum(output in job.entrypoint for job in client.finished()) == len(names) + 1
+    assert capsys.readouterr().out.count("; skipped") == len(PRINTED)
+    assert sum(output in job.entrypoint for job in client.list_jobs()) == len(PRINTED) + 1
 
 
 def test_a_failing_stage_hands_on_its_exit_status(
@@ -183,9 +143,8 @@ def test_a_failing_stage_hands_on_its_exit_status(
         address=ray_head.job_server,
         draw_images=StageConfig(overrides={"num_images": -1}),
     )
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit, match="2"):
         run_pipeline(config)
-    assert ended.value.code == 2
     captured = capsys.readouterr()
     assert "FAILED: Job entrypoint command failed with exit code 2" in captured.out
     assert "stage draw_images failed with exit status 2" in captured.err
@@ -196,18 +155,9 @@ def test_a_job_that_still_runs_is_followed_not_repeated(
     ray_head: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As after the submitter's machine was switched off and on."""
-    from jobs.stages.submission import JobServer
-
     monkeypatch.chdir(ROOT)
     argv = ["--output", str(tmp_path / "drawn"), "--num_images", "90000"]
-    stage = Stage(
-        job="draw_images",
-        name="draw",
-        settings=StageConfig(),
-        flags={"output": argv[1]},
-        inputs=(),
-        outputs=(),
-    )
+    stage = stages(PipelineConfig(output="run"))[0]
 
     def leave(line: str) -> None:
         raise KeyboardInterrupt
@@ -219,15 +169,16 @@ def test_a_job_that_still_runs_is_followed_not_repeated(
             printed = capsys.readouterr().out
             assert text in printed
             assert "goes on; the same command follows it again" in printed
-    (job,) = Jobs(ray_head.job_server).stop(str(tmp_path))
-    assert job.status == "STOPPED"
+    client = JobSubmissionClient(ray_head.job_server)
+    [job_id] = [job.submission_id for job in client.list_jobs() if str(tmp_path) in job.entrypoint]
+    assert job_id is not None
+    client.stop_job(job_id)
+    assert ended(client, job_id)[0].status == "STOPPED"
 
 
 def test_the_upload_is_measured_and_refused_when_too_large(
     ray_head: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from jobs.stages.submission import JobServer
-
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "module.py").write_text("x = 1\n")
     (tmp_path / "photos").mkdir()

@@ -12,8 +12,9 @@ import pytest
 
 from jobs.reproduce_table import reproduce_table
 from jobs.stages.results import collect, markdown
+from jobs.stages.rows import ReproduceConfig
 from jobs.stages.stage import ClusterOverride
-from jobs.stages.tables import ReproduceConfig, plan_table
+from jobs.stages.tables import plan_table
 from pipeline import storage
 from pipeline.config import parse
 from pipeline.errors import InputError
