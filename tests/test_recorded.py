@@ -186,8 +186,6 @@ def require_run(name: str, output: Path) -> None:
     if "metrics" in held:
         require_same(held["metrics"], read_lines(output / "metrics.jsonl"))
     header = comparable(read_json(output / HEADERS[name]), output.parent)
-    if name == "robustness":  # a plot, drawn by another library
-        held["header"].pop("files"), header.pop("files")
     if not same_machine():  # of figures and footnotes
         held["header"].pop("table", None), header.pop("table", None)
     require_same(held["header"], header)

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from pipeline.errors import InputError
 from shards.pixels.views import decode_crop
 
 CorruptionName = Literal["gaussian_noise", "gaussian_blur", "contrast", "jpeg"]
@@ -81,11 +82,13 @@ class Corruption:
         del epoch  # every pass sees the same copies
         match self.name:
             case "gaussian_noise":
-                return add_noise(pixels, self.strength, self._draws(sample_id))
+                noise = self._draws(sample_id).standard_normal(pixels.shape)
+                return _to_uint8(pixels + 255.0 * self.strength * noise)
             case "gaussian_blur":
                 return blur(pixels, self.strength)
             case "contrast":
-                return lower_contrast(pixels, self.strength)
+                mean = pixels.mean(axis=(0, 1), keepdims=True)
+                return _to_uint8(mean + self.strength * (pixels - mean))
             case "jpeg":
                 return compress(pixels, int(self.strength))
 
@@ -95,9 +98,35 @@ class Corruption:
         return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def add_noise(pixels: np.ndarray, std: float, draws: np.random.Generator) -> np.ndarray:
-    """Independent normal noise on every channel of every pixel."""
-    return _to_uint8(pixels + 255.0 * std * draws.standard_normal(pixels.shape))
+def parse_corruptions(
+    names: str | None, severities: str, *, table: StrengthTable, seed: int
+) -> list[Corruption]:
+    """Corruptions named with commas between, in the order of `CORRUPTIONS`, at each severity, ascending.
+
+    InputError for an unknown name, and for severities other than 1 to 5 or none.
+    """
+    levels = split_list(severities)
+    for level in levels:
+        if level not in map(str, SEVERITIES):
+            raise InputError(f"severities has {level!r}; give some of 1,2,3,4,5")
+    if not levels:
+        raise InputError("severities is empty; give some of 1,2,3,4,5")
+    chosen = split_list(names)
+    for name in chosen:
+        if name not in CORRUPTIONS:
+            raise InputError(f"corruptions names {name!r}; give some of {','.join(CORRUPTIONS)}")
+    return [
+        Corruption(name=name, severity=severity, table=table, seed=seed)
+        for name in CORRUPTIONS
+        if name in chosen
+        for severity in SEVERITIES
+        if str(severity) in levels
+    ]
+
+
+def split_list(text: str | None) -> list[str]:
+    """The words of a list with commas."""
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
 def blur(pixels: np.ndarray, std: float) -> np.ndarray:
@@ -106,12 +135,6 @@ def blur(pixels: np.ndarray, std: float) -> np.ndarray:
         pixels.astype(np.float64), sigma=(std, std, 0), mode="nearest", truncate=_TRUNCATE
     )
     return _to_uint8(blurred)
-
-
-def lower_contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """Every pixel moved towards the image's mean colour, to `factor` of its distance."""
-    mean = pixels.mean(axis=(0, 1), keepdims=True)
-    return _to_uint8(mean + factor * (pixels - mean))
 
 
 def compress(pixels: np.ndarray, quality: int) -> np.ndarray:

@@ -6,10 +6,11 @@ nothing where a class is missing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import timm.data
@@ -19,8 +20,10 @@ from pipeline import storage
 from pipeline.artifacts import sha256_hex
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
+from pretrain.evals.corruptions import split_list
+from pretrain.model.artifacts import classifier_config
 from shards.dataset.dataset import open_dataset
-from shards.dataset.labels import UNLABELLED, read_labels
+from shards.dataset.labels import UNLABELLED, read_labels, translate_labels
 from shards.format.manifest import MANIFEST
 from shards.sources.listing import SourceConfig, list_sources
 from shards.sources.table import Source, rows_of
@@ -34,6 +37,12 @@ BENCHMARKS: dict[Benchmark, str] = {
     "imagenet_r": "ImageNet-R",
     "imagenet_sketch": "ImageNet-Sketch",
 }
+
+CLEAN = "clean"
+"""Name of the set without a shift."""
+
+Answers = tuple[int, ...] | None
+"""Outputs whose logits compete, ascending; None: all."""
 
 _SHOWN = 5  # names in an error message
 
@@ -60,10 +69,13 @@ class Outputs:
     class_names: tuple[str, ...] | None
     """None where it knows them by number only."""
 
-    def places(self, names: Sequence[str]) -> tuple[int, ...]:
-        """The outputs of classes it knows, in the order of `names`."""
-        place = {name: i for i, name in enumerate(self.class_names or ())}
-        return tuple(place[name] for name in names)
+
+def outputs_of(url: str, header: Mapping[str, Any]) -> Outputs:
+    """The classes of the classifier artifact at `url` with this header; InputError where it has no head."""
+    num_classes, names = classifier_config(header["config"]).num_classes, header["class_names"]
+    if num_classes == 0:
+        raise InputError(f"{url} has no head and so tells no classes apart; give a fine-tuned classifier")
+    return Outputs(url=url, num_classes=num_classes, class_names=None if names is None else tuple(names))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,6 +96,19 @@ class ImageSet:
     """int64 [N], -1 where there is none."""
     rejected: dict[str, int]
     """Files that could not be read, by reason; nothing is known of them before they are prepared."""
+
+
+def parse_sets(text: str | None) -> dict[str, str]:
+    """URLs of sets of one's own by name, from name=URL with commas between several; InputError for others."""
+    sets: dict[str, str] = {}
+    for part in split_list(text):
+        name, _, url = part.partition("=")
+        if not url or not re.fullmatch(r"\w[\w.-]*", name):
+            raise InputError(f"shifted has {part!r}; give name=URL, the name of letters, digits, _ . -")
+        if name in sets or name == CLEAN or name in BENCHMARKS:
+            raise InputError(f"shifted uses the name {name} for a second set; choose another")
+        sets[name] = url
+    return sets
 
 
 def look_at(name: str, url: str, cluster: ClusterConfig) -> ImageSet:
@@ -164,6 +189,26 @@ def check_classes(found: ImageSet, outputs: Outputs) -> None:
             f"{found.url} has images of {_listed(unknown)}, which {outputs.url} does not know; give images "
             "of the classes it was fine-tuned on, in folders of these names"
         )
+
+
+def answers_of(images: ImageSet, outputs: Outputs, *, restrict: bool) -> Answers:
+    """The outputs whose logits compete on a set: on ImageNet-A and -R, those of its classes, else all.
+
+    On a set of one's own, `restrict` lets only its classes compete; InputError where it has one class.
+    """
+    labels, names = images.labels, images.class_names
+    if images.name in ("imagenet_a", "imagenet_r"):
+        names = wnids(images.name)
+        labels = np.arange(len(names))
+    elif images.name in BENCHMARKS or not restrict:
+        return None
+    answers = tuple(np.unique(translate_labels(labels, names, outputs.class_names)).tolist())
+    if len(answers) < 2:
+        raise InputError(
+            f"all images of {images.url} are of one class, and restrict_shifted lets no other compete; leave "
+            "it out, or give images of more classes"
+        )
+    return answers
 
 
 def _check_benchmark(found: ImageSet, title: str, expected: Sequence[str], outputs: Outputs) -> None:

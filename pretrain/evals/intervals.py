@@ -13,7 +13,7 @@ Z_95 = 1.959964  # two-sided 95 % of a normal distribution
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Accuracy of one classifier minus another's on the same images; the 95 % interval is for pairs."""
+    """Accuracy of one classifier minus another's on the same images, with its 95 % interval for pairs."""
 
     of: str
     over: str
@@ -73,6 +73,53 @@ def difference_interval(
         difference - math.hypot(share - low, other_high - other),
         difference + math.hypot(high - share, other - other_low),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Accuracy minus that on clean images, with its 95 % interval; shares."""
+
+    clean_top1: float
+    num_clean: int
+    difference: float
+    low: float
+    high: float
+    paired: bool
+    """The clean images are the originals of the others; else the two sets are independent."""
+
+    def in_words(self) -> str:
+        """`-3.0 points (95 %: -4.1 to -1.9) from 80.0 %, in pairs`."""
+        how = "in pairs" if self.paired else f"{self.num_clean:,} clean images"
+        return (
+            f"{100 * self.difference:+.1f} points (95 %: {100 * self.low:+.1f} to {100 * self.high:+.1f}) "
+            f"from {percent(self.clean_top1)}, {how}"
+        )
+
+
+def difference_to_clean(right: Tensor, clean_right: Tensor, *, paired: bool) -> Difference | None:
+    """Difference from per-image correctness, bool [n] and bool [m]; None where there are no clean images."""
+    num, num_clean = len(right), len(clean_right)
+    if not num_clean:
+        return None
+    difference = share_of(right) - share_of(clean_right)
+    if paired:
+        pairs = compare(right, clean_right, of="shifted", over="clean")
+        difference, low, high = pairs.difference, pairs.low, pairs.high
+    else:
+        low, high = difference_interval(int(right.sum()), num, int(clean_right.sum()), num_clean)
+    return Difference(
+        clean_top1=share_of(clean_right),
+        num_clean=num_clean,
+        difference=difference,
+        low=low,
+        high=high,
+        paired=paired,
+    )
+
+
+def share_of(right: Tensor) -> float:
+    """Share of images that are right, of bool [n]."""
+    return right.double().mean().item()
 
 
 def percent(share: float) -> str:

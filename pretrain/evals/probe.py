@@ -22,7 +22,7 @@ from pipeline.config import ASIDE, PLACE, PLACES, absolute_places, identity
 from pipeline.errors import InputError
 from pipeline.training.metrics import Progress
 from pretrain.evals.features import PIXELS, FeatureSet, backbone_features, extract_features, pixel_features
-from pretrain.evals.intervals import Comparison, compare, percent, wilson_interval
+from pretrain.evals.intervals import Comparison, compare, percent, share_of, wilson_interval
 from pretrain.evals.knn import knn_predictions
 from pretrain.evals.linear import Edge, LabelledFeatures, Sweep, choose_lr, train_classifiers
 from pretrain.model.artifacts import load_backbone, read_backbone_header
@@ -384,8 +384,7 @@ def _accuracy(name: str, correct: Tensor) -> Accuracy:
     """The accuracy on an input (`pretrained.cls`) from per-image correctness, bool [n]."""
     model, input = name.split(".")
     low, high = wilson_interval(int(correct.sum()), len(correct))
-    top1 = correct.double().mean().item()
-    return Accuracy(model=model, input=input, top1=top1, low=low, high=high)  # type: ignore[arg-type]
+    return Accuracy(model=model, input=input, top1=share_of(correct), low=low, high=high)  # type: ignore[arg-type]
 
 
 def _untrained(model: Backbone, seed: int) -> Backbone:

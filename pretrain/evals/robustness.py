@@ -2,20 +2,19 @@
 
 ImageNet-A and -R have images of 200 of the 1000 classes. As published, only the logits of these 200 compete
 there, so that no answer outside them can be given (reference.md §6.4); on ImageNet-Sketch all do. Classes are
-found by name, so the order of a classifier's outputs does not matter. Each shift is held against the clean
-images of the same classes, with the same answers allowed; corrupted copies against their originals, in pairs.
+matched by name, so the order of a classifier's outputs does not matter. Each shifted set is compared with the
+clean images of its classes, with the same answers allowed; corrupted copies with their originals, in pairs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,18 +27,26 @@ from pipeline.errors import InputError
 from pipeline.training.metrics import Progress
 from pipeline.training.optim import Precision, autocast, resolve_precision
 from pipeline.training.step import to_device
-from pretrain.evals.corruptions import CORRUPTIONS, SEVERITIES, Corruption, StrengthTable, default_table
-from pretrain.evals.image_sets import BENCHMARKS, ImageSet, Outputs, check_classes, look_at, prepare, wnids
-from pretrain.evals.intervals import compare, wilson_interval
-from pretrain.evals.robustness_plot import Curve, Point, draw
-from pretrain.evals.robustness_result import (
-    CLEAN,
-    Difference,
-    RobustnessResult,
-    Row,
-    SetAccount,
-    difference_interval,
+from pretrain.evals.corruptions import (
+    Corruption,
+    StrengthTable,
+    default_table,
+    parse_corruptions,
 )
+from pretrain.evals.image_sets import (
+    BENCHMARKS,
+    CLEAN,
+    Answers,
+    ImageSet,
+    Outputs,
+    answers_of,
+    check_classes,
+    look_at,
+    outputs_of,
+    parse_sets,
+    prepare,
+)
+from pretrain.evals.intervals import Difference, difference_to_clean, percent, share_of, wilson_interval
 from pretrain.finetune.train import TOP_K, default_center_fraction
 from pretrain.model.artifacts import classifier_config, load_classifier, read_classifier_header
 from shards.dataset.dataset import open_dataset
@@ -49,11 +56,8 @@ from shards.pixels.views import ViewPolicy
 from shards.reader.reader import Batches, ShardReader
 
 ARTIFACT = "robustness"
-PLOT_FILE = "robustness.png"
 PREPARED = "images"
-"""Folder, in the output, of what is prepared from image folders."""
-
-# ------------------------------------------------------------------------------------------------ settings
+"""Folder, in the output, of the shards prepared from image folders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +74,7 @@ class RobustnessConfig:
     clean: str = field(metadata=PLACE)
     """Images without a shift, such as the validation images of the fine-tuning."""
     output: str = field(metadata=PLACE)
-    """Where robustness.json and robustness.png go: a folder or any fsspec URL."""
+    """Where robustness.json goes: a folder or any fsspec URL."""
     imagenet_a: str | None = field(default=None, metadata=PLACE)
     """ImageNet-A, folders by wnid: only the logits of its 200 classes compete, as published."""
     imagenet_r: str | None = field(default=None, metadata=PLACE)
@@ -107,18 +111,11 @@ class RobustnessConfig:
     """Workers that share the sets, two at a time each: 0 runs here, on a GPU where there is one."""
 
     def __post_init__(self) -> None:
-        if not (self.benchmarks or self.own_sets or self.corruption_names):
+        if not (self.benchmarks or self.own_sets or self.corrupt("cifar10_c")):
             raise InputError(
                 "there is nothing to compare with the clean images; give --imagenet_a, --imagenet_r, "
                 "--imagenet_sketch, --shifted or --corruptions"
             )
-        for name in self.corruption_names:
-            if name not in CORRUPTIONS:
-                raise InputError(f"corruptions names {name!r}; give some of {','.join(CORRUPTIONS)}")
-        if not self.severity_levels:
-            raise InputError("severities is empty; give some of 1,2,3,4,5")
-        if self.strengths not in (None, "imagenet_c", "cifar10_c"):
-            raise InputError(f"strengths is {self.strengths}; give imagenet_c, cifar10_c or null")
         if self.center_fraction is not None and not 0.0 < self.center_fraction <= 1.0:
             raise InputError(f"center_fraction is {self.center_fraction}; give more than 0, at most 1")
         if self.images_per_batch < 1:
@@ -129,57 +126,186 @@ class RobustnessConfig:
     @property
     def benchmarks(self) -> dict[str, str]:
         """The published sets that were given, by name."""
-        given = {
-            "imagenet_a": self.imagenet_a,
-            "imagenet_r": self.imagenet_r,
-            "imagenet_sketch": self.imagenet_sketch,
-        }
-        return {name: url for name, url in given.items() if url is not None}
+        urls = {name: getattr(self, name) for name in BENCHMARKS}
+        return {name: url for name, url in urls.items() if url is not None}
 
     @property
     def own_sets(self) -> dict[str, str]:
         """The shifted sets of one's own, by name; InputError where they are not name=URL."""
-        sets: dict[str, str] = {}
-        for part in _parts(self.shifted):
-            name, _, url = part.partition("=")
-            if not url or not re.fullmatch(r"\w[\w.-]*", name):
-                raise InputError(f"shifted has {part!r}; give name=URL, the name of letters, digits, _ . -")
-            if name in sets or name == CLEAN or name in BENCHMARKS:
-                raise InputError(f"shifted uses the name {name} for a second set; choose another")
-            sets[name] = url
-        return sets
+        return parse_sets(self.shifted)
 
-    @property
-    def corruption_names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(_parts(self.corruptions)))
-
-    @property
-    def severity_levels(self) -> tuple[int, ...]:
-        """Ascending, each once; InputError for anything but 1 to 5."""
-        given = _parts(self.severities)
-        for level in given:
-            if level not in map(str, SEVERITIES):
-                raise InputError(f"severities has {level!r}; give some of 1,2,3,4,5")
-        return tuple(sorted({int(level) for level in given}))
+    def corrupt(self, table: StrengthTable) -> list[Corruption]:
+        """The corruptions that were given, with the constants of a table."""
+        return parse_corruptions(self.corruptions, self.severities, table=table, seed=self.seed)
 
 
-def _parts(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-# ------------------------------------------------------------------------------------------------ the job
-
-
-Answers = tuple[int, ...] | None
-"""Outputs whose logits compete, ascending; None: all."""
+# ------------------------------------------------------------------------------------------------ result
 
 
 @dataclass(frozen=True, kw_only=True)
-class Crops:
-    """How images become what the model sees."""
+class Row:
+    """Accuracies on one set of images, or on copies with one corruption; shares, a 95 % interval of top-1."""
 
-    policy: ViewPolicy
+    name: str
+    """clean, the name of a set, or `contrast 3`."""
+    corruption: str | None
+    severity: int | None
+    num_images: int
+    num_classes: int
+    """Classes of its images."""
+    num_answers: int
+    """Classes whose logits compete."""
+    top1: float
+    low: float
+    high: float
+    top5: float | None
+    """None where no more than five classes compete."""
+    difference: Difference | None
+    """None for the clean images, and where these have no image of the row's classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetAccount:
+    """The files of one set: number of images evaluated, and of files rejected, by reason."""
+
+    name: str
+    num_images: int
+    rejected: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustnessResult:
+    """The comparison; the first row is that of the clean images."""
+
+    image_size: int
     center_fraction: float
+    interpolation: str
+    strengths: StrengthTable | None
+    """Table of the corruptions' constants; None where nothing was corrupted."""
+    sets: tuple[SetAccount, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def mean_corrupted(self) -> float | None:
+        """Top-1 accuracy, mean over all corruptions and severities."""
+        top1 = [row.top1 for row in self.rows if row.corruption is not None]
+        return sum(top1) / len(top1) if top1 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The result for the artifact's header."""
+        return {**dataclasses.asdict(self), "mean_corrupted": self.mean_corrupted}
+
+    def table(self) -> str:
+        """The result for people."""
+        width = max(len(row.name) for row in self.rows) + 2
+        lines = [
+            f"robustness: centre crops of {self.image_size} pixels a side, {self.center_fraction:.4g} of the "
+            f"shorter side, {self.interpolation}",
+            f"  {'':<{width}}{'images':>8}{'classes':>9}{'answers':>9}{'top-1':>9}   {'95 % interval':<18}"
+            f"{'top-5':>8}   difference to clean images of the same classes",
+        ]
+        for row in self.rows:
+            interval = f"{percent(row.low)} to {percent(row.high)}"
+            change = "" if row.name == CLEAN else "no clean image of its classes"
+            if row.difference is not None:
+                change = row.difference.in_words()
+            top5 = "-" if row.top5 is None else percent(row.top5)
+            lines.append(
+                f"  {row.name:<{width}}{row.num_images:>8,}{row.num_classes:>9,}{row.num_answers:>9,}"
+                f"{percent(row.top1):>9}   {interval:<18}{top5:>8}   {change}".rstrip()
+            )
+        lines.append("  answers: so many classes compete")
+        if self.mean_corrupted is not None:
+            lines.append(
+                f"  mean over corruptions and severities: {percent(self.mean_corrupted)} "
+                f"(constants of {self.strengths})"
+            )
+        for account in self.sets:
+            if account.rejected:
+                reasons = ", ".join(f"{reason} {count:,}" for reason, count in account.rejected.items())
+                lines.append(
+                    f"  {account.name}: {sum(account.rejected.values()):,} files rejected when prepared, not "
+                    f"evaluated ({reasons})"
+                )
+        return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ job
+
+
+def evaluate_robustness(config: RobustnessConfig) -> None:
+    """Measure and publish `robustness.json` at `config.output`; a finished one is printed again.
+
+    Whatever labels, names of files and settings say is refused before anything is written; what only reading
+    the files of a folder shows, such as that none is an image, once they are prepared.
+    """
+    config = absolute_places(config)
+    header = read_classifier_header(config.classifier)
+    outputs = outputs_of(config.classifier, header)
+    crops = _crops(config, header)
+    if config.precision == "fp16":
+        resolve_precision(config.precision, torch.device(device_type(config.cluster)))
+    own = {name: storage.absolute(url) for name, url in config.own_sets.items()}
+    urls = {CLEAN: config.clean, **config.benchmarks, **own}
+    sets = [look_at(name, url, config.cluster) for name, url in urls.items()]
+    for images in sets:
+        if not images.is_shards and f"{config.output}/".startswith(f"{images.url}/"):
+            raise InputError(
+                f"{config.output} lies in the image folder {images.url}; choose another --output"
+            )
+    table = config.strengths or default_table(crops.policy.side)
+    plan_passes(config, sets, outputs, table)
+
+    settings = identity(config)
+    fingerprints = {images.name: images.fingerprint for images in sets}
+    inputs = {"classifier": header["fingerprint"], "images": fingerprints}
+    claim(config.output, {"job": "evaluate_robustness", "config": settings, "inputs": inputs})
+    if (finished := read_header(config.output, ARTIFACT)) is not None:
+        print(
+            f"{finished['table']}\n{config.output} is finished already, with the same settings and inputs",
+            flush=True,
+        )
+        return
+
+    start = time.monotonic()
+    prepared = storage.join(config.output, PREPARED)
+    sets = [prepare(images, storage.join(prepared, images.name), config.cluster) for images in sets]
+    passes = plan_passes(config, sets, outputs, table)
+    hits = dict(map_items(passes, functools.partial(make_runner, config, crops), config.cluster))
+    result = RobustnessResult(
+        image_size=crops.policy.side,
+        center_fraction=crops.center_fraction,
+        interpolation=crops.policy.interpolation,
+        strengths=table if config.corrupt(table) else None,
+        sets=tuple(
+            SetAccount(name=images.name, num_images=len(images.labels), rejected=images.rejected)
+            for images in sets
+        ),
+        rows=summarize(passes, hits, outputs.num_classes),
+    )
+    header = {
+        "kind": ARTIFACT,
+        "config": settings,
+        "inputs": inputs,
+        "result": result.to_json(),
+        "table": result.table(),
+        "seconds": time.monotonic() - start,
+    }
+    publish(config.output, ARTIFACT, {}, header)
+    print(result.table(), flush=True)
+
+
+def _crops(config: RobustnessConfig, header: Mapping[str, Any]) -> FreshCrops:
+    """The evaluation crop of the fine-tuning, where that is known and nothing else is asked for."""
+    image_size = classifier_config(header["config"]).backbone.image_size
+    run: Mapping[str, Any] = header["run"].get("config", {})
+    interpolation = config.interpolation or run.get("views", {}).get("interpolation") or "bicubic"
+    fraction = config.center_fraction or run.get("center_fraction") or default_center_fraction(image_size)
+    views = ViewPolicy(image_size=image_size, interpolation=interpolation)
+    return FreshCrops(views, center_fraction=fraction)
+
+
+# ------------------------------------------------------------------------------------------------ passes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,217 +313,85 @@ class Pass:
     """One reading of one set of images, as they are or corrupted."""
 
     name: str
-    """Of its row."""
+    """Name of its row."""
     shards: str
     corruption: Corruption | None
     answers: tuple[Answers, ...]
-    """What competes; images are scored once for each, the first is the row's own."""
+    """Outputs that compete; images are scored once for each choice, the first is the row's own."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Hits:
-    """What became of the n images of a pass, in their order: the true output, and whether it was found.
+    """Scores of the n images of a pass, in their order.
 
-    truth int64 [n]; top1 and top5 (top-2 of two, and so on) bool [n], one for each of the pass's answers.
+    truth: the true output, int64 [n]. right: for each of the pass's A choices of answers, whether the true
+    output has the highest logit, and one of the five highest, bool [A, n, 2].
     """
 
     truth: Tensor
-    top1: tuple[Tensor, ...]
-    top5: tuple[Tensor, ...]
-
-
-def evaluate_robustness(config: RobustnessConfig) -> None:
-    """Measure and publish `robustness.json` and its plot at `config.output`; a finished one is printed again.
-
-    Whatever labels, names of files and settings say is refused before anything is written; what only reading
-    the files of a folder shows, such as that none is an image, once they are prepared.
-    """
-    config = absolute_places(config)
-    header = read_classifier_header(config.classifier)
-    outputs = _outputs(config.classifier, header)
-    crops = _crops(config, header)
-    if config.precision == "fp16":
-        resolve_precision(config.precision, torch.device(device_type(config.cluster)))
-    own = {name: storage.absolute(url) for name, url in config.own_sets.items()}
-    urls = {CLEAN: config.clean, **config.benchmarks, **own}
-    sets = [look_at(name, url, config.cluster) for name, url in urls.items()]
-    for found in sets:
-        check_classes(found, outputs)
-        if not found.is_shards and f"{config.output}/".startswith(f"{found.url}/"):
-            raise InputError(f"{config.output} lies in the image folder {found.url}; choose another --output")
-    # Planned here once already: what does not fit is refused before anything is written.
-    plan_passes(config, sets, outputs, crops)
-
-    settings = identity(config)
-    fingerprints = {found.name: found.fingerprint for found in sets}
-    inputs = {"classifier": header["fingerprint"], "images": fingerprints}
-    claim(config.output, {"job": "evaluate_robustness", "config": settings, "inputs": inputs})
-    if (held := read_header(config.output, ARTIFACT)) is not None:
-        print(
-            f"{held['table']}\n{config.output} is finished already, with the same settings and inputs",
-            flush=True,
-        )
-        return
-
-    start = time.monotonic()
-    prepared = storage.join(config.output, PREPARED)
-    sets = [prepare(found, storage.join(prepared, found.name), config.cluster) for found in sets]
-    for found in sets:
-        check_classes(found, outputs)
-    passes = plan_passes(config, sets, outputs, crops)
-    make_runner = functools.partial(_Evaluator, config, crops)
-    hits = dict(map_items(passes, make_runner, config.cluster))
-    result = RobustnessResult(
-        image_size=crops.policy.side,
-        center_fraction=crops.center_fraction,
-        interpolation=crops.policy.interpolation,
-        strengths=_strengths(config, crops) if config.corruption_names else None,
-        sets=tuple(
-            SetAccount(name=found.name, num_images=len(found.labels), rejected=found.rejected)
-            for found in sets
-        ),
-        rows=summarize(passes, hits, outputs.num_classes),
-    )
-    publish(
-        config.output,
-        ARTIFACT,
-        {PLOT_FILE: plot(result)},
-        {
-            "kind": ARTIFACT,
-            "config": settings,
-            "inputs": inputs,
-            "result": result.to_json(),
-            "table": result.table(),
-            "seconds": time.monotonic() - start,
-        },
-    )
-    print(f"{result.table()}\nplot: {storage.join(config.output, PLOT_FILE)}", flush=True)
-
-
-def _outputs(url: str, header: Mapping[str, Any]) -> Outputs:
-    num_classes, names = classifier_config(header["config"]).num_classes, header["class_names"]
-    if num_classes == 0:
-        raise InputError(f"{url} has no head and so tells no classes apart; give a fine-tuned classifier")
-    return Outputs(url=url, num_classes=num_classes, class_names=None if names is None else tuple(names))
-
-
-def _crops(config: RobustnessConfig, header: Mapping[str, Any]) -> Crops:
-    """The evaluation crop of the fine-tuning, where that is known and nothing else is asked for."""
-    image_size = classifier_config(header["config"]).backbone.image_size
-    run: Mapping[str, Any] = header["run"].get("config", {})
-    interpolation = config.interpolation or run.get("views", {}).get("interpolation") or "bicubic"
-    fraction = config.center_fraction or run.get("center_fraction") or default_center_fraction(image_size)
-    return Crops(
-        policy=ViewPolicy(image_size=image_size, interpolation=interpolation), center_fraction=fraction
-    )
-
-
-def _strengths(config: RobustnessConfig, crops: Crops) -> StrengthTable:
-    return config.strengths or default_table(crops.policy.side)
+    right: Tensor
 
 
 def plan_passes(
-    config: RobustnessConfig, sets: Sequence[ImageSet], outputs: Outputs, crops: Crops
+    config: RobustnessConfig, sets: Sequence[ImageSet], outputs: Outputs, table: StrengthTable
 ) -> list[Pass]:
     """The clean images first, then each shifted set, then each corruption at each severity.
 
     The clean images are scored with every choice of answers that a shifted set has, to compare it with.
+    InputError where a set does not fit the classifier.
     """
+    for images in sets:
+        check_classes(images, outputs)
     clean, *shifted = sets
-    answers = {found.name: _answers(config, found, outputs) for found in shifted}
-    passes = [
-        Pass(
-            name=CLEAN,
-            shards=clean.url,
-            corruption=None,
-            answers=tuple(dict.fromkeys([None, *answers.values()])),
-        )
+    answers = [answers_of(images, outputs, restrict=config.restrict_shifted) for images in shifted]
+    choices = tuple(dict.fromkeys([None, *answers]))
+    passes = [Pass(name=CLEAN, shards=clean.url, corruption=None, answers=choices)]
+    passes += [
+        Pass(name=images.name, shards=images.url, corruption=None, answers=(choice,))
+        for images, choice in zip(shifted, answers, strict=True)
     ]
     passes += [
-        Pass(name=found.name, shards=found.url, corruption=None, answers=(answers[found.name],))
-        for found in shifted
+        Pass(name=corruption.label, shards=clean.url, corruption=corruption, answers=(None,))
+        for corruption in config.corrupt(table)
     ]
-    table = _strengths(config, crops)
-    corruptions = [
-        Corruption(name=name, severity=severity, table=table, seed=config.seed)
-        for name in CORRUPTIONS
-        if name in config.corruption_names
-        for severity in config.severity_levels
-    ]
-    passes += [Pass(name=one.label, shards=clean.url, corruption=one, answers=(None,)) for one in corruptions]
     return passes
 
 
-def _answers(config: RobustnessConfig, found: ImageSet, outputs: Outputs) -> Answers:
-    if found.name in ("imagenet_a", "imagenet_r"):
-        return tuple(sorted(outputs.places(wnids(found.name))))
-    if found.name in BENCHMARKS or not config.restrict_shifted:
-        return None
-    labels = translate_labels(found.labels, found.class_names, outputs.class_names)
-    answers = tuple(np.unique(labels).tolist())
-    if len(answers) < 2:
-        raise InputError(
-            f"all images of {found.url} are of one class, and restrict_shifted lets no other compete; leave "
-            "it out, or give images of more classes"
-        )
-    return answers
-
-
-# ------------------------------------------------------------------------------------------------ one pass
-
-
-class _Evaluator:
-    """Scores the images of passes with one classifier, on a GPU where there is one."""
-
-    def __init__(self, config: RobustnessConfig, crops: Crops) -> None:
-        on_gpu = torch.cuda.is_available() and config.cluster.use_gpu is not False
-        self._config, self._crops = config, crops
-        self._device = torch.device("cuda" if on_gpu else "cpu")
-        self._dtype = resolve_precision(config.precision, self._device)
-        self._model, header = load_classifier(config.classifier, self._device)
-        self._class_names: Sequence[str] | None = header["class_names"]
+def make_runner(config: RobustnessConfig, crops: FreshCrops) -> Callable[[Pass], tuple[str, Hits]]:
+    """Scores the images of a pass, in order of ids, with the classifier, on a GPU where there is one."""
+    on_gpu = torch.cuda.is_available() and config.cluster.use_gpu is not False
+    device = torch.device("cuda" if on_gpu else "cpu")
+    dtype = resolve_precision(config.precision, device)
+    model, header = load_classifier(config.classifier, device)
+    batches = Batches(
+        config.images_per_batch, shuffle=False, drop_last=False, num_threads=config.decode_threads
+    )
 
     @torch.inference_mode()
-    def __call__(self, item: Pass) -> tuple[str, Hits]:
-        """The name of the pass and what it found; every image is seen once, in order of ids."""
+    def run(item: Pass) -> tuple[str, Hits]:
         dataset = open_dataset(item.shards, "images")
         truths: list[Tensor] = []
-        found: list[list[Tensor]] = [[] for _ in item.answers]  # bool [b, 2] each
-        crops = FreshCrops(
-            self._crops.policy, center_fraction=self._crops.center_fraction, augment=item.corruption
-        )
-        batches = Batches(
-            self._config.images_per_batch,
-            shuffle=False,
-            drop_last=False,
-            num_threads=self._config.decode_threads,
-        )
-        with ShardReader(dataset, crops, batches) as reader:
+        right: list[Tensor] = []
+        with ShardReader(dataset, dataclasses.replace(crops, augment=item.corruption), batches) as reader:
             progress = Progress(item.name, reader.num_samples, "images")
             for batch in reader.batches(0):
-                truth = torch.from_numpy(
-                    translate_labels(batch.labels, dataset.manifest.class_names, self._class_names)
-                )
-                with autocast(self._device, self._dtype):
-                    logits = self._model(self._model.normalize(to_device(batch.pixels, self._device)))
-                logits = logits.float()
+                labels = translate_labels(batch.labels, dataset.manifest.class_names, header["class_names"])
+                truth = torch.from_numpy(labels).to(device)
+                with autocast(device, dtype):
+                    logits = model(model.normalize(to_device(batch.pixels, device))).float()
                 if not logits.isfinite().all():
                     raise FloatingPointError(
-                        f"logits of {self._config.classifier} are not finite on {item.name}, batch "
+                        f"logits of {config.classifier} are not finite on {item.name}, batch "
                         f"{', '.join(batch.keys[:8])}…; its weights are damaged, or too large for "
-                        f"{self._dtype}: try --precision fp32"
+                        f"{dtype}: try --precision fp32"
                     )
-                for scores, answers in zip(found, item.answers, strict=True):
-                    scores.append(score(logits, truth.to(self._device), answers).cpu())
-                truths.append(truth)
+                right.append(torch.stack([score(logits, truth, choice) for choice in item.answers]).cpu())
+                truths.append(truth.cpu())
                 progress.update(len(truth))
             progress.close()
-        joined = [torch.cat(scores) for scores in found]
-        return item.name, Hits(
-            truth=torch.cat(truths),
-            top1=tuple(scores[:, 0] for scores in joined),
-            top5=tuple(scores[:, 1] for scores in joined),
-        )
+        return item.name, Hits(truth=torch.cat(truths), right=torch.cat(right, dim=1))
+
+    return run
 
 
 def score(logits: Tensor, truth: Tensor, answers: Answers) -> Tensor:
@@ -418,87 +412,37 @@ def score(logits: Tensor, truth: Tensor, answers: Answers) -> Tensor:
 
 def summarize(passes: Sequence[Pass], hits: Mapping[str, Hits], num_outputs: int) -> tuple[Row, ...]:
     """The rows of the passes, in their order; the first pass is that of the clean images."""
-    clean_pass, clean = passes[0], hits[passes[0].name]
     rows: list[Row] = []
-    for one in passes:
-        found, [answers, *_] = hits[one.name], one.answers
-        right, num_answers = found.top1[0], num_outputs if answers is None else len(answers)
-        low, high = wilson_interval(int(right.sum()), len(right))
-        difference = None
-        if one.corruption is not None:
-            if not torch.equal(found.truth, clean.truth):
-                raise RuntimeError(f"{one.name} has other images than the clean set it was made of")
-            difference = _paired(right, clean.top1[0])
-        elif one is not clean_pass:
-            clean_right = clean.top1[clean_pass.answers.index(answers)]
-            difference = _unpaired(right, clean_right[torch.isin(clean.truth, found.truth)])
+    for each in passes:
+        truth, (top1, top5) = hits[each.name].truth, hits[each.name].right[0].unbind(dim=1)
+        [answers, *_] = each.answers
+        num_answers = num_outputs if answers is None else len(answers)
+        low, high = wilson_interval(int(top1.sum()), len(top1))
         rows.append(
             Row(
-                name=one.name,
-                corruption=None if one.corruption is None else one.corruption.name,
-                severity=None if one.corruption is None else one.corruption.severity,
-                num_images=len(right),
-                num_classes=len(found.truth.unique()),
+                name=each.name,
+                corruption=None if each.corruption is None else each.corruption.name,
+                severity=None if each.corruption is None else each.corruption.severity,
+                num_images=len(truth),
+                num_classes=len(truth.unique()),
                 num_answers=num_answers,
-                top1=_share(right),
+                top1=share_of(top1),
                 low=low,
                 high=high,
-                top5=_share(found.top5[0]) if num_answers > TOP_K else None,
-                difference=difference,
+                top5=share_of(top5) if num_answers > TOP_K else None,
+                difference=None if each is passes[0] else _difference(each, passes[0], hits),
             )
         )
     return tuple(rows)
 
 
-def _paired(right: Tensor, clean_right: Tensor) -> Difference:
-    found = compare(right, clean_right, of="shifted", over=CLEAN)
-    return Difference(
-        clean_top1=_share(clean_right),
-        num_clean=len(clean_right),
-        difference=found.difference,
-        low=found.low,
-        high=found.high,
-        paired=True,
-    )
-
-
-def _unpaired(right: Tensor, clean_right: Tensor) -> Difference | None:
+def _difference(shifted: Pass, clean: Pass, hits: Mapping[str, Hits]) -> Difference | None:
     """None where there are no clean images to compare with."""
-    if not len(clean_right):
-        return None
-    low, high = difference_interval(int(right.sum()), len(right), int(clean_right.sum()), len(clean_right))
-    return Difference(
-        clean_top1=_share(clean_right),
-        num_clean=len(clean_right),
-        difference=_share(right) - _share(clean_right),
-        low=low,
-        high=high,
-        paired=False,
-    )
-
-
-def plot(result: RobustnessResult) -> bytes:
-    """The comparison as a PNG."""
-    clean, *shifted = result.rows
-    curves: list[Curve] = []
-    for name in dict.fromkeys(row.corruption for row in shifted if row.corruption is not None):
-        rows = [row for row in shifted if row.corruption == name]
-        severities = [row.severity for row in rows if row.severity is not None]
-        curves.append(Curve(label=name, severities=severities, points=[_point(row) for row in rows]))
-    return draw(
-        f"A classifier on clean and on shifted images, {clean.num_images:,} clean ones of "
-        f"{clean.num_classes:,} classes",
-        _point(clean),
-        [_point(row) for row in shifted if row.corruption is None],
-        curves,
-    )
-
-
-def _point(row: Row) -> Point:
-    clean = None if row.difference is None else row.difference.clean_top1
-    label = f"{row.name}\none of {row.num_answers:,}"
-    return Point(label=label, value=row.top1, low=row.low, high=row.high, clean=clean)
-
-
-def _share(right: Tensor) -> float:
-    return right.double().mean().item()
+    truth, clean_truth = hits[shifted.name].truth, hits[clean.name].truth
+    top1 = hits[shifted.name].right[0, :, 0]
+    clean_top1 = hits[clean.name].right[clean.answers.index(shifted.answers[0]), :, 0]
+    if shifted.corruption is None:
+        return difference_to_clean(top1, clean_top1[torch.isin(clean_truth, truth)], paired=False)
+    if not torch.equal(truth, clean_truth):
+        raise RuntimeError(f"{shifted.name} has other images than the clean set it was made of")
+    return difference_to_clean(top1, clean_top1, paired=True)

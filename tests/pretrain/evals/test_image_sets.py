@@ -46,10 +46,6 @@ def test_the_published_classes() -> None:
     assert a[0] == "n01498041" and r[0] == "n01443537"  # stingray, goldfish
 
 
-def test_outputs_are_found_by_name() -> None:
-    assert outputs(["cat", "ant", "bee"]).places(["ant", "cat"]) == (1, 0)
-
-
 def test_a_folder_is_looked_at_without_writing_and_then_prepared(tmp_path: Path) -> None:
     url = folder(tmp_path / "pictures", ["ant", "bee"], per_class=3)
     (tmp_path / "pictures" / "README.txt").write_text("what this is")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.evals.intervals import compare, wilson_interval
+from pretrain.evals.intervals import compare, difference_interval, difference_to_clean, wilson_interval
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (1, 10), (5, 10), (37, 400), (400, 400), (1, 1)])
@@ -45,3 +45,27 @@ def test_verdict_needs_an_interval_without_zero(only_ours, only_theirs, verdict)
     found = compare(ours, theirs, of="a", over="b")
     assert found.verdict == verdict
     assert found.low <= found.difference <= found.high
+
+
+def test_a_difference_of_independent_shares():
+    """Newcombe 1998, table II, method 10, his examples (a) and (h)."""
+    low, high = difference_interval(56, 70, 48, 80)
+    assert (low, high) == (pytest.approx(0.0524, abs=1e-4), pytest.approx(0.3339, abs=1e-4))
+    low, high = difference_interval(10, 10, 0, 10)
+    assert (low, high) == (pytest.approx(0.6075, abs=1e-4), pytest.approx(1.0, abs=1e-4))
+    # It covers: of many draws of equal shares about 95 % hold zero.
+    rng = np.random.default_rng(0)
+    draws = rng.binomial(200, 0.3, (2000, 2)).tolist()
+    inside = sum(low <= 0 <= high for low, high in (difference_interval(a, 200, b, 200) for a, b in draws))
+    assert 0.935 < inside / 2000 < 0.965
+
+
+def test_a_difference_to_clean_images_has_the_interval_of_its_kind():
+    right, clean = torch.arange(50) < 30, torch.arange(50) < 40
+    pairs, apart = (difference_to_clean(right, clean, paired=paired) for paired in (True, False))
+    paired = compare(right, clean, of="a", over="b")
+    assert pairs is not None and (pairs.low, pairs.high) == (paired.low, paired.high)
+    assert apart is not None and (apart.low, apart.high) == difference_interval(30, 50, 40, 50)
+    assert pairs.difference == pytest.approx(-0.2) == apart.difference
+    assert pairs.in_words().endswith("from 80.0 %, in pairs") and "50 clean images" in apart.in_words()
+    assert difference_to_clean(right, clean[:0], paired=False) is None

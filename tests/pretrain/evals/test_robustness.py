@@ -180,8 +180,6 @@ def test_imagenet_a_r_and_sketch_against_a_slow_loop(
     assert sum(accounts["imagenet_a"]["rejected"].values()) == 2 and accounts["clean"]["rejected"] == {}
     assert "imagenet_a: 2 files rejected when prepared" in header["table"]
     assert header["table"] in capsys.readouterr().out
-    picture = Image.open(tmp_path / "out" / "robustness.png")
-    assert picture.format == "PNG" and picture.width > 400
 
     # Finished: printed again, nothing done. Other settings, or a set that changed: refused.
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
