@@ -21,6 +21,7 @@ from timm.data.auto_augment import RandAugment as TimmRandAugment
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
+from pipeline.draws import philox
 from pipeline.errors import InputError
 
 Rgb = tuple[float, float, float]
@@ -41,7 +42,7 @@ _MIX_STREAM = 0x6D697878  # "mixx"
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """What happens to crops and labels in training. Defaults: Table 10."""
+    """Changes to crops and labels in training. Defaults: Table 10."""
 
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     """RandAugment in timm's notation: magnitude 9 with a standard deviation of 0.5; null leaves it out."""
@@ -83,23 +84,22 @@ class RandAugment:
 
     def __init__(self, spec: str, *, mean: Rgb, seed: int) -> None:
         self._seed = seed
-        # What moves out of an image leaves its mean behind.
+        # Pixels that move out of an image leave its mean behind.
         fill = tuple(min(255, round(255 * channel)) for channel in mean)
         parsed = _parse(spec, fill)
         self._ops, self._weights = parsed.ops, parsed.choice_weights
         self._num_layers = parsed.num_layers
 
     def __call__(self, pixels: np.ndarray, sample_id: int, epoch: int) -> np.ndarray:
-        """A crop, uint8 [S, S, 3], after what is drawn for this sample in this epoch."""
+        """A crop, uint8 [S, S, 3], changed by the draws of this sample in this epoch."""
         draws, choices = _generators(self._seed, sample_id, epoch, _RAND_STREAM)
         return np.asarray(self.apply(Image.fromarray(pixels), draws, choices))
 
     def apply(self, image: Image.Image, draws: random.Random, choices: np.random.RandomState) -> Image.Image:
         """The image after operations chosen by `choices`, whether and how strongly each by `draws`."""
-        chosen = choices.choice(
-            len(self._ops), self._num_layers, replace=self._weights is None, p=self._weights
-        )
-        for op in (self._ops[i] for i in chosen):
+        replace = self._weights is None
+        for i in choices.choice(len(self._ops), self._num_layers, replace=replace, p=self._weights):
+            op = self._ops[i]
             if op.prob < 1.0 and draws.random() > op.prob:
                 continue
             level = float(op.magnitude)
@@ -203,8 +203,7 @@ def mix_batch(
     targets = []
     for first in range(0, len(pixels), config.mix_images):
         rows = slice(first, first + config.mix_images)
-        place = (rank << 32) + first
-        _, choices = _generators(seed, position, epoch, _MIX_STREAM, place)
+        _, choices = _generators(seed, position, epoch, _MIX_STREAM, (rank << 32) + first)
         targets.append(mix(pixels[rows], labels[rows], num_classes, config, choices))
     return MixedBatch(pixels, torch.cat(targets))
 
@@ -228,7 +227,7 @@ def mix(
 
 
 def _mix_pixels(pixels: Tensor, config: AugmentConfig, choices: np.random.RandomState) -> float:
-    """Mix in place; returns the share of its own that every image keeps."""
+    """Mix in place; returns the share that every image keeps of itself."""
     if choices.rand() >= config.mix_prob:
         return 1.0
     cut = config.cutmix > 0
@@ -256,9 +255,7 @@ def _mix_pixels(pixels: Tensor, config: AugmentConfig, choices: np.random.Random
 
 def _words(seed: int, number: int, epoch: int, stream: int, place: int = 0) -> list[int]:
     """Two 64-bit words for one sample, or one batch, of an epoch."""
-    counter = np.array([0, epoch, stream, place], dtype=np.uint64)
-    key = np.array([seed, number], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=counter).random_raw(2).tolist()
+    return philox((seed, number), (0, epoch, stream, place), 2).tolist()
 
 
 def _generators(

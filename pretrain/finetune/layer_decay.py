@@ -10,17 +10,15 @@ from torch import Tensor, nn
 
 from pipeline.training.optim import decays
 
-# What comes before the first block: here, in timm, and in open_clip.
-_STEM = {
-    *("patch_embed", "cls_token", "mask_token", "pos_embed"),
-    *("reg_token", "norm_pre"),
-    *("conv1", "class_embedding", "positional_embedding", "ln_pre"),
+# Names of modules before the first block: here, in timm, and in open_clip.
+_STEM = {"patch_embed", "cls_token", "mask_token", "pos_embed", "reg_token", "norm_pre"} | {
+    *("conv1", "class_embedding", "positional_embedding", "ln_pre")
 }
 _BLOCK = re.compile(r"(?:^|\.)(?:res)?blocks\.(\d+)\.")
 
 
 def layerwise_groups(model: nn.Module, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups of a ViT's parameters, each with its `lr_scale` and with or without decay.
+    """AdamW's parameter groups of a ViT, each with its `lr_scale` and with or without decay.
 
     Layer 0 is the stem (patches, [CLS], absolute positions), block i counted from 1 is layer i, and what
     follows the last block is layer depth + 1 with a scale of 1, the norm and a shared position table
@@ -58,5 +56,5 @@ def _layer(name: str, last: int) -> int:
 
 def _block(name: str) -> int:
     """Number of the block a parameter is in, counted from 1; 0 outside of all."""
-    found = _BLOCK.search(name)
-    return int(found.group(1)) + 1 if found else 0
+    match = _BLOCK.search(name)
+    return int(match.group(1)) + 1 if match else 0

@@ -37,7 +37,7 @@ _RANGE = (0.5, 0.5, 0.5)  # mean and std that map [0, 1] to the tokenizer's [-1,
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What is asked of the classifier, wherever its weights come from."""
+    """Requirements on the classifier, wherever its weights come from."""
 
     num_classes: int
     class_names: tuple[str, ...] | None
@@ -202,16 +202,8 @@ def save_finetuned(
     nothing but fine-tuning reads it here.
     """
     if isinstance(start.model, Classifier):
-        return save_classifier(
-            url,
-            start.model,
-            goal.class_names,
-            backbone=start.origin,
-            tokenizer=start.tokenizer,
-            inputs=inputs,
-            run=run,
-            metrics=metrics,
-        )
+        made_of = {"backbone": start.origin, "tokenizer": start.tokenizer, "inputs": inputs}
+        return save_classifier(url, start.model, goal.class_names, **made_of, run=run, metrics=metrics)
     state = start.model.state_dict()
     weights = safetensors.torch.save({key: value.cpu().contiguous() for key, value in state.items()})
     header = {
@@ -226,18 +218,12 @@ def save_finetuned(
     return artifacts.publish(url, CLASSIFIER, {weights_file(CLASSIFIER): weights}, header)
 
 
-# ------------------------------------------------------------------------------------------------ inside
-
-
-def _config(held: ClassifierConfig, goal: Goal) -> ClassifierConfig:
-    """The kind of model that is held, with what the goal asks for."""
-    shape = dataclasses.replace(
-        held.backbone,
-        image_size=goal.image_size or held.backbone.image_size,
-        drop_path=goal.drop_path,
-    )
+def _config(base: ClassifierConfig, goal: Goal) -> ClassifierConfig:
+    """The config of a start's own model, changed as the goal requires."""
+    image_size = goal.image_size or base.backbone.image_size
+    shape = dataclasses.replace(base.backbone, image_size=image_size, drop_path=goal.drop_path)
     return dataclasses.replace(
-        held,
+        base,
         backbone=shape,
         num_classes=goal.num_classes,
         pooling=goal.pooling,
@@ -245,23 +231,23 @@ def _config(held: ClassifierConfig, goal: Goal) -> ClassifierConfig:
     )
 
 
-def _classifier(tensors: Mapping[str, Tensor], held: ClassifierConfig, goal: Goal) -> Classifier:
-    config = _config(held, goal)
+def _classifier(tensors: Mapping[str, Tensor], base: ClassifierConfig, goal: Goal) -> Classifier:
+    config = _config(base, goal)
     state = classifier_from_backbone(tensors, config)  # first: it draws the new head
     model = Classifier(config)
     model.load_state_dict(state)
     return model
 
 
-def _check_classes(url: str, held: list[str] | None, goal: Goal) -> None:
-    """A head that would be kept must mean the same classes in the same order."""
+def _check_classes(url: str, names: list[str] | None, goal: Goal) -> None:
+    """InputError where a head that would be kept means other classes, or the same in another order."""
     ours = goal.class_names
-    if goal.new_head or held is None or ours is None or len(held) != len(ours):
+    if goal.new_head or names is None or ours is None or len(names) != len(ours):
         return
-    differing = [pair for pair in zip(held, ours, strict=True) if pair[0] != pair[1]]
+    differing = [pair for pair in zip(names, ours, strict=True) if pair[0] != pair[1]]
     if differing:
-        theirs, wanted = differing[0]
+        theirs, needed = differing[0]
         raise InputError(
-            f"the head of {url} knows class {theirs!r} where the training images have {wanted!r}; train on "
+            f"the head of {url} knows class {theirs!r} where the training images have {needed!r}; train on "
             "images of the same class folders, or start with a fresh head: --new_head true"
         )

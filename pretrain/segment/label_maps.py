@@ -11,11 +11,8 @@ import functools
 import io
 import itertools
 import math
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -24,7 +21,9 @@ from pipeline import storage
 from pipeline.artifacts import fingerprint, sha256_hex
 from pipeline.draws import permute
 from pipeline.errors import InputError
+from pipeline.threads import in_order
 from pipeline.training.metrics import Progress
+from pipeline.training.worker import Worker
 from shards.pixels.decode import FORMATS, DecodeConfig, Rejected, decode_image
 
 IGNORED = -1
@@ -35,9 +34,6 @@ _PAIR_STREAM = 0
 _LABEL_FORMATS = ("PNG", "BMP", "GIF", "PPM", "TIFF")  # without loss
 _LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16L", "I;16B", "I;16N")
 _GREY_STEPS = {"L;2": 85, "L;4": 17}  # Pillow spreads grey of 2 and 4 bits over 0 to 255
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +81,7 @@ class CropPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelRules:
-    """What the values of a label map mean."""
+    """Meaning of the values of a label map."""
 
     num_classes: int
     ignore_index: int = 255
@@ -125,7 +121,7 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedPairs:
-    """What a check of all pairs found: labelled pixels per class int64 [C], and a hash of all contents."""
+    """Result of a check of all pairs: labelled pixels per class int64 [C], and a hash of all contents."""
 
     pixels_per_class: np.ndarray
     fingerprint: str
@@ -136,21 +132,20 @@ def list_pairs(images: str, labels: str) -> list[Pair]:
 
     Files count when their extension is an image format's and no part of their path begins with a dot.
     """
-    found = _by_key(images)
-    maps = _by_key(labels)
-    if not found:
+    files, maps = _by_key(images), _by_key(labels)
+    if not files:
         raise InputError(f"no images in {images}; check the URL")
-    for key, url in found.items():
+    for key, url in files.items():
         if key not in maps:
             raise InputError(
                 f"{url} has no label map {storage.join(labels, key)}.png; add it, or remove the image"
             )
     for key, url in maps.items():
-        if key not in found:
+        if key not in files:
             raise InputError(
                 f"{url} has no image {storage.join(images, key)}.*; add it, or remove the label map"
             )
-    return [Pair(key=key, image=url, labels=maps[key]) for key, url in found.items()]
+    return [Pair(key=key, image=url, labels=maps[key]) for key, url in files.items()]
 
 
 def check_pairs(pairs: Sequence[Pair], rules: LabelRules, what: str, num_threads: int) -> CheckedPairs:
@@ -186,7 +181,7 @@ def decode_label_map(data: bytes, url: str) -> np.ndarray:
             values = np.asarray(image)
     except InputError:
         raise
-    # As in shards.decode: whatever a decoder raises says the same thing about the file.
+    # As in shards.pixels.decode: whatever a decoder raises says the same thing about the file.
     except Exception as error:
         message = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(f"{url} cannot be read as a label map ({message}); replace the file") from None
@@ -204,16 +199,16 @@ def read_pair(pair: Pair, rules: LabelRules) -> tuple[np.ndarray, np.ndarray]:
 def _by_key(folder: str) -> dict[str, str]:
     Image.init()
     extensions = Image.registered_extensions()
-    found: dict[str, str] = {}
+    urls: dict[str, str] = {}
     for file in storage.list_files(folder):
         relative = file.url[len(folder.rstrip("/")) + 1 :]
         key, dot, extension = relative.rpartition(".")
         if f".{extension.lower()}" not in extensions or not dot or f"/{relative}".find("/.") >= 0:
             continue
-        if key in found:
-            raise InputError(f"{found[key]} and {file.url} have the same name; remove one of them")
-        found[key] = file.url
-    return found
+        if key in urls:
+            raise InputError(f"{urls[key]} and {file.url} have the same name; remove one of them")
+        urls[key] = file.url
+    return urls
 
 
 def _check(pair: Pair, rules: LabelRules) -> tuple[np.ndarray, str, str]:
@@ -343,18 +338,17 @@ class CropReader:
         pairs: Sequence[Pair],
         rules: LabelRules,
         policy: CropPolicy,
+        worker: Worker,
         *,
         fill: tuple[int, int, int],
         batch_size: int,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        num_threads: int = 2,
+        num_threads: int,
     ) -> None:
-        """fill: the colour around images smaller than a crop; batch_size: of all workers, a multiple."""
+        """fill: the colour around images smaller than a crop; batch_size: images over all workers."""
         self._pairs, self._rules, self._policy = pairs, rules, policy
         self._fill, self._batch_size, self._seed = fill, batch_size, seed
-        self._rank, self._share = rank, batch_size // world_size
+        self._rank, self._share = worker.rank, batch_size // worker.world_size
         self._num_threads = num_threads
         self._order = functools.lru_cache(maxsize=4)(
             lambda epoch: permute(len(pairs), seed, epoch, _PAIR_STREAM, 0)
@@ -394,22 +388,3 @@ class CropReader:
         rows, columns = classes.shape
         whole[:rows, :columns], labels[:rows, :columns] = pixels, classes
         return whole, labels
-
-
-def in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], num_threads: int, ahead: int | None = None
-) -> Generator[Result, None, None]:
-    """Results in the order of the items, computed by threads, at most `ahead` (4 a thread) in advance."""
-    depth = 4 * num_threads if ahead is None else ahead
-    running: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="label-maps") as pool:
-        try:
-            for item in items:
-                running.append(pool.submit(function, item))
-                if len(running) > depth:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-        finally:
-            for future in running:
-                future.cancel()

@@ -21,6 +21,7 @@ from pipeline import artifacts, storage
 from pipeline.cluster.training import run_training
 from pipeline.config import ASIDE, PLACE, absolute_places
 from pipeline.errors import InputError
+from pipeline.threads import in_order
 from pipeline.training.checkpoints import TrainState
 from pipeline.training.config import TrainingConfig, claim_output
 from pipeline.training.journal import Journal
@@ -49,7 +50,6 @@ from pretrain.segment.label_maps import (
     LabelRules,
     Pair,
     check_pairs,
-    in_order,
     list_pairs,
     read_pair,
     resize_image,
@@ -265,11 +265,10 @@ def _train(run: _Run, worker: Worker) -> None:
         train,
         config.rules,
         config.crops,
+        worker,
         fill=_mean_colour(model),
         batch_size=config.batch_size,
         seed=config.seed,
-        rank=worker.rank,
-        world_size=worker.world_size,
         num_threads=config.decode_threads,
     )
     share = config.batch_size // worker.world_size

@@ -4,7 +4,7 @@ import colorsys
 import io
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.errors import InputError
+from pipeline.training.worker import Worker
 from pretrain.segment.label_maps import (
     IGNORED,
     CropPolicy,
@@ -22,7 +23,6 @@ from pretrain.segment.label_maps import (
     check_pairs,
     decode_label_map,
     distort,
-    in_order,
     largest_share,
     list_pairs,
     random_crop,
@@ -321,16 +321,9 @@ def _reader(
     pairs: list[Pair], *, rank: int = 0, world_size: int = 1, threads: int = 2, seed: int = 3
 ) -> CropReader:
     policy = CropPolicy(size=48, short_side=40, ratio_range=(0.8, 1.4), photometric_distortion=False)
+    worker = Worker(rank=rank, world_size=world_size)
     return CropReader(
-        pairs,
-        RULES,
-        policy,
-        fill=(9, 8, 7),
-        batch_size=4,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        num_threads=threads,
+        pairs, RULES, policy, worker, fill=(9, 8, 7), batch_size=4, seed=seed, num_threads=threads
     )
 
 
@@ -378,28 +371,3 @@ def test_pixels_and_labels_stay_together_and_margins_are_filled(make_split: Make
                 mirrored.add(bool(ignored[:, 1].mean() > 20))
     assert right / total > 0.9
     assert filled > 0 and mirrored == {True, False}
-
-
-def test_results_come_in_order_and_errors_at_their_place() -> None:
-    def square(x: int) -> int:
-        if x == 30:
-            raise InputError("thirty")
-        return x * x
-
-    results = in_order(square, range(40), 3)
-    assert [next(results) for _ in range(30)] == [x * x for x in range(30)]
-    with pytest.raises(InputError, match="thirty"):
-        next(results)
-
-    taken = 0
-
-    def endless() -> Iterator[int]:
-        nonlocal taken
-        while True:
-            yield taken
-            taken += 1
-
-    results = in_order(lambda x: x, endless(), 2, ahead=5)
-    assert next(results) == 0
-    results.close()
-    assert taken < 10
