@@ -38,15 +38,8 @@ def test_predictions_are_the_written_out_vote_whatever_the_chunks(temperature):
     expected = [[voted(bank, query, k, temperature) for query in queries.features.double()] for k in ks]
     assert len({tuple(row) for row in expected}) > 1  # k matters here
     for queries_at_once, bank_at_once in ((1024, 16384), (7, 11), (40, 120), (1, 3)):
-        found = knn_predictions(
-            bank,
-            queries,
-            ks,
-            CPU,
-            temperature=temperature,
-            queries_at_once=queries_at_once,
-            bank_at_once=bank_at_once,
-        )
+        sizes = {"queries_at_once": queries_at_once, "bank_at_once": bank_at_once}
+        found = knn_predictions(bank, queries, ks, CPU, temperature=temperature, **sizes)
         assert found.tolist() == expected
 
 
@@ -56,8 +49,3 @@ def test_a_part_of_a_bank_votes_alone():
     alone = LabelledFeatures(bank.features[some], bank.labels[some], bank.num_classes)
     found = knn_predictions(bank.rows(some), queries, (1, 3), CPU)
     assert torch.equal(found, knn_predictions(alone, queries, (1, 3), CPU))
-
-
-def test_an_image_is_its_own_nearest_neighbour():
-    bank = clusters(50, 0)
-    assert torch.equal(knn_predictions(bank, bank, (1,), CPU)[0], bank.labels)

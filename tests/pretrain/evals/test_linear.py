@@ -31,15 +31,6 @@ def blobs(num: int, spread: float, seed: int, classes: int = 4, width: int = 12)
     return LabelledFeatures(features * scales + 5 * scales, labels, classes)
 
 
-def test_classifier_reaches_the_bayes_rate():
-    train, test = blobs(2000, 1.0, seed=0), blobs(2000, 1.0, seed=1)
-    centres = torch.stack([train.features[train.labels == k].mean(dim=0) for k in range(4)])
-    within = torch.cat([train.features[train.labels == k] - centres[k] for k in range(4)]).std(dim=0)
-    bayes = torch.cdist(test.features / within, centres / within).argmin(dim=1) == test.labels
-    [fit] = train_classifiers(train, test, [1e-2], sweep(), CPU)
-    assert fit.correct.double().mean() == pytest.approx(bayes.double().mean().item(), abs=0.02)
-
-
 def test_classifiers_of_a_sweep_do_not_touch_each_other():
     train, test = blobs(300, 1.0, seed=0), blobs(200, 1.0, seed=1)
     together = train_classifiers(train, test, [1e-5, 1e-3, 1e-1], sweep(), CPU)
@@ -47,18 +38,6 @@ def test_classifiers_of_a_sweep_do_not_touch_each_other():
         [alone] = train_classifiers(train, test, [lr], sweep(), CPU)
         assert torch.equal(alone.correct, fit.correct) and alone.loss == pytest.approx(fit.loss)
     assert len({round(fit.loss, 4) for fit in together}) == 3
-
-
-def test_constant_features_carry_nothing_and_break_nothing():
-    train, test = blobs(300, 0.3, seed=0), blobs(200, 0.3, seed=1)
-    constant = torch.full((300, 1), 3.0), torch.full((200, 1), 1e6)
-    wider = [
-        LabelledFeatures(torch.cat([part.features, column], dim=1), part.labels, 4)
-        for part, column in zip((train, test), constant, strict=True)
-    ]
-    [plain] = train_classifiers(train, test, [1e-2], sweep(), CPU)
-    [padded] = train_classifiers(wider[0], wider[1], [1e-2], sweep(), CPU)
-    assert plain.loss == pytest.approx(padded.loss, rel=1e-4)
 
 
 def test_learning_rate_is_chosen_on_held_out_training_images():
@@ -133,9 +112,3 @@ def test_standardised_bytes_are_standardised_floats(offset):
     torch.testing.assert_close(scale, expected.float(), rtol=1e-4, atol=0)
     if offset == 0:
         assert torch.equal(standardisation(LabelledFeatures(features, labels, 1), CPU)[1], scale)
-
-
-def test_an_end_of_the_sweep_is_called_that():
-    assert [sweep().edge(lr) for lr in SWEEP] == ["lowest", None, None, None, None, "highest"]
-    assert sweep(lrs=(3e-2, 1e-4, 1e-3)).edge(3e-2) == "highest"  # in whatever order they were given
-    assert sweep(lrs=(1e-3,)).edge(1e-3) is None  # nothing was swept

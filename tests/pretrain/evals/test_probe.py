@@ -106,11 +106,12 @@ def test_knn_is_reported_for_every_k_of_every_normed_input():
 
 def test_a_rate_at_the_end_of_the_sweep_is_said_aloud():
     train, val = features(400, 0, {"pretrained.cls": 0.4}), features(300, 1, {"pretrained.cls": 0.4})
-    low, inside, high = (
+    low, inside, high, alone = (
         probe_features(train, val, settings(lrs=lrs, knn=()), aggregated=True)
-        for lrs in ((1e-2, 1e4), (1e-7, 1e-2, 1e4), (1e-7, 1e-2))
+        for lrs in ((1e4, 1e-2), (1e-7, 1e-2, 1e4), (1e-2, 1e-7), (1e-2,))
     )
-    assert [result.scores[0].edge for result in (low, inside, high)] == ["lowest", None, "highest"]
+    edges = [result.scores[0].edge for result in (low, inside, high, alone)]
+    assert edges == ["lowest", None, "highest", None]
     assert low.to_json()["scores"][0]["edge"] == "lowest"
     assert "add lower ones to --lrs" in low.table() and "add higher ones to --lrs" in high.table()
     assert "--lrs" not in inside.table() and "*" not in inside.table()

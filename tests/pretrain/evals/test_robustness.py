@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -241,20 +243,34 @@ def test_a_set_of_ones_own(
 def test_without_clean_images_of_its_classes_a_set_stands_alone(
     tmp_path: Path, animals: dict[str, str]
 ) -> None:
-    for name in ("ant", "eel"):
-        (tmp_path / "clean" / name).mkdir(parents=True)
-        drawn(3).save(tmp_path / "clean" / name / "0.png")
-    places = {"clean": str(tmp_path / "clean"), "output": str(tmp_path / "out")}
-    evaluate_robustness(settings(classifier=animals["classifier"], shifted=f"few={animals['few']}", **places))
+    clean = _folder(tmp_path / "clean", "ant", "eel")
+    evaluate_robustness(
+        settings(
+            classifier=animals["classifier"], clean=clean, shifted=f"few={animals['few']}",
+            output=str(tmp_path / "out"),
+        )
+    )  # fmt: skip
     header, rows = result_of(tmp_path / "out")
     assert rows["few"]["difference"] is None and "no clean image of its classes" in header["table"]
 
 
+def _folder(root: Path, *names: str) -> str:
+    """A folder with one image of each class."""
+    for name in names:
+        (root / name).mkdir(parents=True)
+        drawn(3).save(root / name / "0.png")
+    return str(root)
+
+
 def test_numbered_classes_need_no_names(tmp_path: Path, animals: dict[str, str]) -> None:
     """Labels without names on both sides: the number is the class."""
-    prepare_images(
-        PrepareConfig(source=_parquet(tmp_path), output=str(tmp_path / "shards"), cluster=IN_PROCESS)
-    )
+    files = [io.BytesIO() for _ in range(6)]
+    for i, file in enumerate(files):
+        drawn(i).save(file, "PNG")
+    columns = {"image": [file.getvalue() for file in files], "label": [i % 3 for i in range(6)]}
+    source = str(tmp_path / "x.parquet")
+    pq.write_table(pa.table(columns), source)
+    prepare_images(PrepareConfig(source=source, output=str(tmp_path / "shards"), cluster=IN_PROCESS))
     assert open_dataset(str(tmp_path / "shards")).manifest.class_names is None
     classifier = save_random(tmp_path / "numbered", None, num_classes=3)
     config = settings(
@@ -265,19 +281,6 @@ def test_numbered_classes_need_no_names(tmp_path: Path, animals: dict[str, str])
     assert result_of(tmp_path / "out")[1]["clean"]["num_images"] == 6
     with pytest.raises(InputError, match="numbers only"):
         evaluate_robustness(dataclasses.replace(config, classifier=animals["classifier"]))
-
-
-def _parquet(root: Path) -> str:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    files = []
-    for i in range(6):
-        file = io.BytesIO()
-        drawn(i).save(file, "PNG")
-        files.append(file.getvalue())
-    pq.write_table(pa.table({"image": files, "label": [i % 3 for i in range(6)]}), root / "x.parquet")
-    return str(root / "x.parquet")
 
 
 # ------------------------------------------------------------------------------------------------ corruptions
@@ -305,25 +308,27 @@ def test_corrupted_copies_are_those_of_the_crops(tmp_path: Path, animals: dict[s
     names: list[str] = classifier["class_names"]
     # A sample's id is its place in the listing.
     sources = rows_of(list_sources(SourceConfig(url=animals["clean"]), IN_PROCESS).table)
-    for name in order:
-        for severity in (1, 5):
-            right, clean_right = [], []
-            corruption = Corruption(name=name, severity=severity, table="imagenet_c", seed=3)  # type: ignore[arg-type]
-            for sample_id, source in enumerate(sources):
-                crop = slow_crop(Image.open(source.url))
-                truth = names.index(Path(source.url).parent.name)
-                everything = range(len(names))
-                copy = corruption(crop, sample_id, 0)
-                right.append(slow_best(slow_logits(model, copy)[0], everything)[0] == truth)
-                clean_right.append(slow_best(slow_logits(model, crop)[0], everything)[0] == truth)
-            row = rows[f"{name} {severity}"]
-            assert (row["num_images"], hits(row)) == (35, sum(right))
-            difference = row["difference"]
-            assert difference["paired"] and difference["num_clean"] == 35
-            assert difference["difference"] == pytest.approx((sum(right) - sum(clean_right)) / 35)
-            # Pairs: an image that is right, or wrong, both times says nothing of the difference.
-            if right == clean_right:
-                assert difference["low"] == -difference["high"]
+    crops = [slow_crop(Image.open(source.url)) for source in sources]
+    truth = [names.index(Path(source.url).parent.name) for source in sources]
+
+    def found(shown: Sequence[np.ndarray]) -> list[bool]:
+        logits = [slow_logits(model, crop)[0] for crop in shown]
+        return [
+            slow_best(row, range(len(names)))[0] == right for row, right in zip(logits, truth, strict=True)
+        ]
+
+    clean_right = found(crops)
+    for name, severity in ((name, severity) for name in order for severity in (1, 5)):
+        corruption = Corruption(name=name, severity=severity, table="imagenet_c", seed=3)  # type: ignore[arg-type]
+        right = found([corruption(crop, sample_id, 0) for sample_id, crop in enumerate(crops)])
+        row = rows[f"{name} {severity}"]
+        assert (row["num_images"], hits(row)) == (35, sum(right))
+        difference = row["difference"]
+        assert difference["paired"] and difference["num_clean"] == 35
+        assert difference["difference"] == pytest.approx((sum(right) - sum(clean_right)) / 35)
+        # Pairs: an image that is right, or wrong, both times says nothing of the difference.
+        if right == clean_right:
+            assert difference["low"] == -difference["high"]
     assert min(hits(rows[f"{name} 5"]) for name in order) < hits(rows["clean"])
     copies = [row["top1"] for row in rows.values() if row["corruption"] is not None]
     assert header["result"]["mean_corrupted"] == pytest.approx(sum(copies) / 6)
@@ -354,6 +359,7 @@ def test_the_clean_accuracy_is_that_of_the_fine_tuning(tmp_path: Path, make_imag
     evaluate_robustness(config)
     header, rows = result_of(tmp_path / "out")
     assert rows["clean"]["top1"] == load_classifier(str(tmp_path / "ft"))[1]["metrics"]["val_top1"]
+    assert [default_center_fraction(size) for size in (224, 383, 384, 512)] == [0.875, 0.875, 1.0, 1.0]
     found = header["result"]
     assert (found["center_fraction"], found["interpolation"], found["image_size"]) == (0.6, "bilinear", SIDE)
     evaluate_robustness(
@@ -361,10 +367,6 @@ def test_the_clean_accuracy_is_that_of_the_fine_tuning(tmp_path: Path, make_imag
     )
     found = result_of(tmp_path / "b")[0]["result"]
     assert (found["center_fraction"], found["interpolation"]) == (1.0, "bicubic")
-
-
-def test_the_crop_is_the_papers_where_nothing_is_known() -> None:
-    assert [default_center_fraction(size) for size in (224, 383, 384, 512)] == [0.875, 0.875, 1.0, 1.0]
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -389,14 +391,9 @@ def test_logits_that_are_no_numbers_are_an_error(
         return forward(self, pixels) * math.nan
 
     monkeypatch.setattr(Classifier, "forward", broken)
-    config = settings(
-        classifier=animals["classifier"],
-        clean=animals["shards"],
-        corruptions="jpeg",
-        output=str(tmp_path / "out"),
-    )
+    places = {"classifier": animals["classifier"], "clean": animals["shards"]}
     with pytest.raises(FloatingPointError, match="not finite on"):
-        evaluate_robustness(config)
+        evaluate_robustness(settings(**places, corruptions="jpeg", output=str(tmp_path / "out")))
     assert not (tmp_path / "out" / "robustness.json").exists()
 
 
@@ -434,23 +431,14 @@ def test_what_does_not_fit_writes_nothing(tmp_path: Path, animals: dict[str, str
             )
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
-    (tmp_path / "one" / "bee").mkdir(parents=True)
-    drawn(0).save(tmp_path / "one" / "bee" / "0.png")
-    (tmp_path / "other" / "yak").mkdir(parents=True)
-    drawn(0).save(tmp_path / "other" / "yak" / "0.png")
+    one, other = _folder(tmp_path / "one", "bee"), _folder(tmp_path / "other", "yak")
     refused("no finished classifier", classifier=str(tmp_path))
     refused("there are no files", clean=str(tmp_path / "nothing"))
-    refused("images of yak, which .* does not know", shifted=f"x={tmp_path / 'other'}")
-    refused("have no label", clean=str(tmp_path / "one" / "bee"))
-    refused("does not know .* of the 200 classes of ImageNet-A", imagenet_a=str(tmp_path / "one"))
-    refused("all images of .* are of one class", shifted=f"x={tmp_path / 'one'}", restrict_shifted=True)
+    refused("images of yak, which .* does not know", shifted=f"x={other}")
+    refused("have no label", clean=f"{one}/bee")
+    refused("does not know .* of the 200 classes of ImageNet-A", imagenet_a=one)
+    refused("all images of .* are of one class", shifted=f"x={one}", restrict_shifted=True)
     refused("views.interpolation is nearest", interpolation="nearest")
     refused("fp16 needs a CUDA device", precision="fp16")
-    with pytest.raises(InputError, match="lies in the image folder"):
-        evaluate_robustness(
-            settings(
-                classifier=animals["classifier"], clean=str(tmp_path / "one"), corruptions="jpeg",
-                output=str(tmp_path / "one" / "out"),
-            )
-        )  # fmt: skip
+    refused("lies in the image folder", clean=one, output=f"{one}/out")
     assert not (tmp_path / "one" / "out").exists()

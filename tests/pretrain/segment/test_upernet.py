@@ -178,13 +178,7 @@ def _position_dependent(windows: Tensor) -> Tensor:
     return torch.stack([windows.sum(dim=1) * ramp, windows[:, 0] + ramp[:, None]], dim=1)
 
 
-def test_a_window_that_covers_the_image_changes_nothing() -> None:
-    image = torch.randn(3, 12, 12)
-    logits = slide_logits(_position_dependent, image, window=12, stride=8)
-    torch.testing.assert_close(logits, _position_dependent(image[None])[0])
-
-
-@pytest.mark.parametrize(("height", "width"), [(30, 17), (12, 40), (13, 12), (5, 31), (7, 6)])
+@pytest.mark.parametrize(("height", "width"), [(12, 12), (30, 17), (12, 40), (13, 12), (5, 31), (7, 6)])
 def test_overlapping_windows_are_averaged_pixel_by_pixel(height: int, width: int) -> None:
     window, stride = 12, 8
     image = torch.randn(3, height, width)
