@@ -102,22 +102,22 @@ def verify(config: VerifyConfig) -> Report:
         absent=config.repair,
     )
     verification, repairs = look(), list[Repair]()
-    tables = [part.table for part in verification.parts]
-    if config.tokenizer is not None and tables:
-        from tokenizer.precompute.pairing import parts_of_tokenizer
-
-        parts_of_tokenizer(tables, config.tokenizer)
     if config.repair and any(problem.damaged for problem in verification.problems):
-        from tokenizer.precompute.items import ItemMaker
+        from tokenizer.precompute.items import ItemRemaker
 
-        # Shards of crops and codes are made by the write pass's own code.
-        make_item = ItemMaker(
-            verification.url, _images(config, verification), config.tokenizer, config.num_threads
+        make_item = ItemRemaker(
+            dataset_url=verification.url,
+            images_url=_images(config, verification),
+            tokenizer_url=config.tokenizer,
+            num_threads=config.num_threads,
         )
         repairs = repair_dataset(verification, make_item)
         verification = dataclasses.replace(look(after=verification), notes=verification.notes)
-    retokenized = _retokenize(config, verification)
-    return Report(verification=verification, repairs=tuple(repairs), retokenized=retokenized)
+    return Report(
+        verification=verification,
+        repairs=tuple(repairs),
+        retokenized=_retokenize(config, verification),
+    )
 
 
 def _images(config: VerifyConfig, verification: Verification) -> str | None:

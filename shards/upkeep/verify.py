@@ -159,6 +159,8 @@ def verify_dataset(
         problems += [*part.problems, *wrong, *_check_inputs(url, part, parts)]
         if not wrong and not part.manifest_lost:
             problems += _check_counts(part, tallies[part.url])
+            if after is None and check.decode is not None and check.undecoded_probe:
+                problems.append(_of_manifest(part, "its decode probe names an image that is not stored"))
         if check.decode is None and part.kind != "codes":
             notes.append(f"{part.url} was prepared with another decode version; no image is decoded")
     progress.close(problems=len(problems))
@@ -287,6 +289,7 @@ class ShardChecker:
         self._part = part
         self._sample = sample
         self._probe = {(entry.view, entry.number, entry.row): entry for entry in part.manifest.probe}
+        self.undecoded_probe = set(self._probe)
         self.decode = decoder_of(part.manifest)
 
     def __call__(self, place: tuple[int, int]) -> CheckedShard:
@@ -383,6 +386,7 @@ class ShardChecker:
         troubles: list[str] = []
         for row, data in enumerate(images):
             entry = self._probe.get((shard.view, shard.number, row))
+            self.undecoded_probe.discard((shard.view, shard.number, row))
             if not chosen[row] and entry is None:
                 continue
             try:

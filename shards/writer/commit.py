@@ -91,7 +91,7 @@ def start(root: str, plan: Plan, *, beside: Sequence[str] = ()) -> Plan:
             )
     if held is None and not storage.create(url, text):
         held = storage.read(url)
-    begun = plan if held is None else _same_plan(root, held, plan)
+    begun = plan if held is None else same_plan(root, held, plan)
     # One byte more, so that what is there cannot be taken for this attempt's; the same JSON.
     if not storage.exists(storage.join(root, MANIFEST)) and storage.create(url, text + b"\n"):
         storage.put(url, text)
@@ -109,7 +109,8 @@ def _first_stranger(root: str, beside: Sequence[str]) -> str | None:
     return None
 
 
-def _same_plan(root: str, held: bytes, plan: Plan) -> Plan:
+def same_plan(root: str, held: bytes, plan: Plan) -> Plan:
+    """The plan that is there; InputError, naming what differs, where another one is asked for."""
     if held == plan.to_bytes():
         return plan
     try:

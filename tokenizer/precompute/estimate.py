@@ -15,16 +15,16 @@ import numpy as np
 import torch
 
 from pipeline import storage
-from pipeline.artifacts import differences
 from pipeline.config import absolute_places
 from pipeline.errors import InputError
 from pipeline.training.metrics import duration
 from shards.dataset.dataset import Dataset, open_dataset
 from shards.dataset.images import read_rows
-from shards.dataset.parts import read_plan, views_in_words
+from shards.dataset.parts import PLAN, read_plan, views_in_words
 from shards.format.plan import Plan
 from shards.format.records import RejectedSample
 from shards.pixels.views import decode_crop
+from shards.writer.commit import same_plan
 from tokenizer.precompute.config import PrecomputeConfig
 from tokenizer.precompute.items import CropEncoder, Cropper
 from tokenizer.precompute.plans import planned_passes
@@ -84,7 +84,8 @@ def estimate_pass(config: PrecomputeConfig) -> Estimate:
     passes = planned_passes(config, _device(config))
     shards = done = 0
     for root, plan in ((write_pass.root, write_pass.plan) for write_pass in passes):
-        _refuse_another_plan(root, plan)
+        if (stored := storage.read_or_none(storage.join(root, PLAN))) is not None:
+            same_plan(root, stored, plan)
         shards += plan.num_items
         done += sum(1 for _ in storage.list_files(storage.join(root, "receipts", plan.plan8)))
     plan = passes[0].plan
@@ -92,8 +93,8 @@ def estimate_pass(config: PrecomputeConfig) -> Estimate:
     images = open_dataset(config.output if layer else config.images or "")
     views, per_view = sum(write_pass.plan.views for write_pass in passes), plan.samples_per_view
     views_in_all = views if layer else plan.first_view + plan.views
-    sample = _measure(plan, images)
-    encode_s = _encode_s(config, plan, sample.pixels)
+    sample = _measure(config, plan, images)
+    encode_s = sample.encode_s
     codes_in_tar = 512 + _blocks(128 + 2 * math.prod(plan.require_tokenizer().grid))
     view_bytes = per_view * (codes_in_tar + 512 + _blocks(int(sample.crop_bytes)))
     # Of tars that were indexed in place several shards may name one.
@@ -124,7 +125,7 @@ def estimate_pass(config: PrecomputeConfig) -> Estimate:
         crops=per_view * views,
         shards=shards,
         shards_done=done,
-        sampled=len(sample.pixels),
+        sampled=sample.crops,
         crop_bytes=sample.crop_bytes,
         tar_bytes=0 if layer else view_bytes * views,
         read_bytes=source_bytes * views,
@@ -166,17 +167,18 @@ def in_words(estimate: Estimate) -> str:
     return "\n".join(f"{name:<13}{fact}" for name, fact in facts.items())
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class _Sample:
-    """Some crops: pixels uint8 [n, S, S, 3], mean bytes of a JPEG, mean core-seconds to prepare one."""
+    """Some crops: their number, mean bytes of a JPEG, mean seconds to prepare and to encode one."""
 
-    pixels: np.ndarray
+    crops: int
     crop_bytes: float
     prepare_s: float
+    encode_s: float | None
 
 
-def _measure(plan: Plan, dataset: Dataset) -> _Sample:
-    """Crops of a few shards from all over the dataset, prepared as a worker prepares them."""
+def _measure(config: PrecomputeConfig, plan: Plan, dataset: Dataset) -> _Sample:
+    """Crops of a few shards from all over the dataset, prepared and encoded as by a worker."""
     crop = None if plan.kind == "codes" else Cropper.of(plan)
     sizes, pixels, seconds = list[int](), list[np.ndarray](), list[float]()
     filled = np.flatnonzero(dataset.shard_sizes(0))
@@ -192,25 +194,22 @@ def _measure(plan: Plan, dataset: Dataset) -> _Sample:
             seconds.append(time.perf_counter() - began)
     if not pixels:
         raise InputError("none of the images that were tried can be stored; look at the image shards")
-    # The first call warms up.
-    prepare_s = float(np.mean(seconds[1:] or seconds))
-    return _Sample(pixels=np.stack(pixels), crop_bytes=float(np.mean(sizes)), prepare_s=prepare_s)
-
-
-def _encode_s(config: PrecomputeConfig, plan: Plan, crops: np.ndarray) -> float | None:
-    """Seconds of the encoder's forward pass per crop, on the plan's device; None where it is not here."""
-    encode = plan.recipe.require_encode()
-    on_gpu = encode.device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        return None
-    size = encode.batch_size if on_gpu else min(encode.batch_size, CPU_BATCH)
-    recipe = dataclasses.replace(plan.recipe, encode=dataclasses.replace(encode, batch_size=size))
-    encoder = CropEncoder(dataclasses.replace(plan, recipe=recipe), config.tokenizer)
-    batch = np.resize(crops, (size, *crops.shape[1:]))
-    encoder.encode(batch)  # warms up
-    began = time.perf_counter()
-    encoder.encode(batch)
-    return (time.perf_counter() - began) / size
+    encode, encode_s = plan.recipe.require_encode(), None
+    if encode.device == "cpu" or torch.cuda.is_available():
+        size = min(encode.batch_size, CPU_BATCH) if encode.device == "cpu" else encode.batch_size
+        recipe = dataclasses.replace(plan.recipe, encode=dataclasses.replace(encode, batch_size=size))
+        encoder = CropEncoder(dataclasses.replace(plan, recipe=recipe), config.tokenizer)
+        batch = np.resize(np.stack(pixels), (size, *pixels[0].shape))
+        encoder.encode(batch)  # warms up
+        began = time.perf_counter()
+        encoder.encode(batch)
+        encode_s = (time.perf_counter() - began) / size
+    return _Sample(
+        crops=len(pixels),
+        crop_bytes=float(np.mean(sizes)),
+        prepare_s=float(np.mean(seconds[1:] or seconds)),  # the first call warms up
+        encode_s=encode_s,
+    )
 
 
 def _device(config: PrecomputeConfig) -> str:
@@ -218,16 +217,6 @@ def _device(config: PrecomputeConfig) -> str:
     if stored is not None and config.cluster.num_workers > 0 and stored.recipe.encode is not None:
         return stored.recipe.encode.device
     return "cuda" if config.cluster.use_gpu is not False and torch.cuda.is_available() else "cpu"
-
-
-def _refuse_another_plan(root: str, plan: Plan) -> None:
-    stored = read_plan(root)
-    if stored is not None and stored.fingerprint != plan.fingerprint:
-        differing = differences(stored.to_json(), plan.to_json())
-        raise InputError(
-            f"{root} was begun with another plan, which differs in {'; '.join(differing[:6])}; "
-            "choose another output, or repeat the inputs and settings it was begun with"
-        )
 
 
 def _blocks(payload: int) -> int:

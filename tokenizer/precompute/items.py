@@ -56,11 +56,7 @@ class ItemWriter:
         self._plan = plan
         self._root = root
         self._encoder = CropEncoder(plan, config.tokenizer)
-        if plan.kind == "codes":
-            self._maker = LayerMaker(plan, config.output, self._encoder, config.decode_threads)
-        else:
-            assert config.images is not None
-            self._maker = CropMaker(plan, config.images, self._encoder, config.decode_threads)
+        self._maker = item_maker(plan, config.output, config.images, self._encoder, config.decode_threads)
 
     def __call__(self, item: Item) -> ItemReport:
         began = time.monotonic()
@@ -77,38 +73,38 @@ class ItemWriter:
         )
 
 
-class ItemMaker:
+def item_maker(
+    plan: Plan, dataset_url: str, images_url: str | None, encoder: CropEncoder | None, num_threads: int
+) -> CropMaker | LayerMaker:
+    """What makes the shards of a plan for a dataset; `encoder` is None where codes will be given."""
+    if plan.kind == "codes":
+        assert encoder is not None
+        return LayerMaker(plan, dataset_url, encoder, num_threads)
+    if images_url is None:
+        images = plan.inputs["images"]
+        raise InputError(f"it takes the images that it was made from, {images}; give them with --images")
+    return CropMaker(plan, images_url, encoder, num_threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemRemaker:
     """Makes shards of a finished dataset again, for a repair: from the images and the tokenizer at hand."""
 
-    def __init__(
-        self, dataset_url: str, images_url: str | None, tokenizer_url: str | None, num_threads: int
-    ) -> None:
-        self._dataset_url = dataset_url
-        self._images_url = images_url
-        self._tokenizer_url = tokenizer_url
-        self._num_threads = num_threads
-        self._makers: dict[tuple[str, bool], CropMaker | LayerMaker] = {}
+    dataset_url: str
+    images_url: str | None
+    tokenizer_url: str | None
+    num_threads: int
 
     def __call__(self, plan: Plan, item: Item, codes: Mapping[int, np.ndarray] | None) -> BuiltShard:
-        """The shard of an item; InputError says what it takes."""
-        maker = self._makers.get((plan.fingerprint, codes is None)) or self._new_maker(plan, codes is None)
-        self._makers[plan.fingerprint, codes is None] = maker
-        return maker.make(item) if isinstance(maker, LayerMaker) else maker.make(item, codes)
-
-    def _new_maker(self, plan: Plan, encodes: bool) -> CropMaker | LayerMaker:
+        """The shard of an item; InputError says what is missing."""
         encoder = None
-        if encodes:
-            if self._tokenizer_url is None:
-                tokenizer = plan.inputs["tokenizer"]
-                raise InputError(f"its codes are lost; give their tokenizer, {tokenizer}, with --tokenizer")
-            encoder = CropEncoder(plan, self._tokenizer_url)
-        if plan.kind == "codes":
-            assert encoder is not None
-            return LayerMaker(plan, self._dataset_url, encoder, self._num_threads)
-        if self._images_url is None:
-            images = plan.inputs["images"]
-            raise InputError(f"it takes the images that it was made from, {images}; give them with --images")
-        return CropMaker(plan, self._images_url, encoder, self._num_threads)
+        if codes is None:
+            if self.tokenizer_url is None:
+                name = plan.inputs["tokenizer"]
+                raise InputError(f"its codes are lost; give their tokenizer, {name}, with --tokenizer")
+            encoder = CropEncoder(plan, self.tokenizer_url)
+        maker = item_maker(plan, self.dataset_url, self.images_url, encoder, self.num_threads)
+        return maker.make(item) if isinstance(maker, LayerMaker) else maker.make(item, codes)
 
 
 # ------------------------------------------------------------------------------------------------ crops

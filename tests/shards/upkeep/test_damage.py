@@ -88,18 +88,6 @@ def test_a_damaged_object_is_refused_by_its_name(written: Written, part: str, da
     assert read_all(root, codes) == whole
 
 
-@pytest.mark.parametrize("folder", ["index", "shards"])
-def test_two_swapped_objects_are_refused(written: Written, folder: str) -> None:
-    for root in (written.images, written.tokens):
-        names = sorted((Path(root) / folder).iterdir())
-        one, other = names[0], names[-1]
-        mine = one.read_bytes()
-        one.write_bytes(other.read_bytes())
-        other.write_bytes(mine)
-        with pytest.raises(InputError, match=f"({one.name}|{other.name}) of shard .* is damaged"):
-            read_all(root)
-
-
 def read_rejects(root: str) -> Iterator[int]:
     table = open_table(root)
     for view in range(table.num_views):
