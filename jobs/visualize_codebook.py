@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from jobs.report.codebook import codebook_page, codes_figure, places_figure, usage_figure
+from jobs.report.codebook import codebook_page, figures
 from pipeline import storage
 from pipeline.artifacts import claim, publish, read_header
 from pipeline.config import ASIDE, PLACE, absolute_places, identity, run_job
 from pipeline.errors import InputError
-from pretrain.evals.codebook import CodebookFindings, examine_codebook, sampled_likeness
+from pretrain.evals.codebook import MIN_PATCHES, ExaminedCodebook, Likeness, examine_codebook
 from shards.dataset.crop_sample import draw_sample
 from shards.dataset.dataset import Dataset, open_dataset
 from tokenizer.model.artifact import load_vqkd, read_tokenizer
@@ -64,15 +64,21 @@ def visualize_codebook(config: VisualizeConfig) -> None:
     # Everything that can be refused is refused before anything is written.
     codebook = None if config.tokenizer is None else read_codebook(config.tokenizer, dataset)
     sample = draw_sample(dataset, config.samples, seed=config.seed)
-    likeness = sampled_likeness(dataset, sample, min_images=config.min_images)
+    tokenizer = dataset.manifest.require_tokenizer()
+    likeness = Likeness(sample.codes, tokenizer.codebook_size, tokenizer.patch_size)
+    if len(likeness.eligible(config.min_images)) == 0:
+        raise InputError(
+            f"no code has {MIN_PATCHES} patches in {max(2, config.min_images)} of the {len(sample.codes):,} "
+            f"crops sampled from {dataset.url}; raise --samples or lower --min_images"
+        )
     settings = identity(config)
     inputs = {"dataset": dataset.fingerprint, "neighbours": codebook is not None}
     claim(config.output, {"job": "visualize_codebook", "config": settings, "inputs": inputs})
-    if (held := read_header(config.output, ARTIFACT)) is not None:
-        print(f"{held['table']}\n{config.output} is finished already, with the same settings and inputs")
+    if (header := read_header(config.output, ARTIFACT)) is not None:
+        print(f"{header['table']}\n{config.output} is finished already, with the same settings and inputs")
         return
 
-    found = examine_codebook(
+    examined = examine_codebook(
         dataset,
         sample,
         likeness,
@@ -82,22 +88,17 @@ def visualize_codebook(config: VisualizeConfig) -> None:
         min_images=config.min_images,
         seed=config.seed,
     )
-    files = {
-        "codebook.html": codebook_page(dataset, found),
-        "codes.png": codes_figure(dataset, found),
-        "usage.png": usage_figure(dataset, found),
-        "places.png": places_figure(dataset, found),
-    }
-    table = in_words(found)
+    page = codebook_page(dataset, sample, codebook, examined)
+    files = {"codebook.html": page, **figures(dataset, examined)}
     header = {
         "kind": ARTIFACT,
         "config": settings,
         "inputs": inputs,
-        "result": to_json(found),
-        "table": table,
+        "result": to_json(examined),
+        "table": in_words(examined),
     }
     publish(config.output, ARTIFACT, files, header)
-    print(table)
+    print(header["table"])
     for name, data in files.items():
         print(f"{storage.join(config.output, name)}: {len(data):,} bytes")
 
@@ -114,51 +115,47 @@ def read_codebook(url: str, dataset: Dataset) -> np.ndarray:
     return load_vqkd(artifact).quantize.codebook.numpy()
 
 
-def in_words(found: CodebookFindings) -> str:
+def in_words(examined: ExaminedCodebook) -> str:
     """For people: a few lines."""
-    codes, position = found.statistics, found.position
-    shown = ", ".join(f"{one.code} ({one.consistency:.2f})" for one in found.codes[:8])
-    more = ", …" if len(found.codes) > 8 else ""
-    return "\n".join(
-        [
-            f"codebook: {codes.patches:,} patches, usage {100 * codes.usage:.1f} % of "
-            f"{codes.codebook_size:,} codes, perplexity {codes.perplexity:,.1f}",
-            f"  place says {position.bits:.3f} of {position.code_entropy:.2f} bits of a patch's code, "
-            f"{position.bits_shifted:.3f} by chance (grids shifted at random)",
-            f"  most consistent: {shown}{more}; patches of any codes ({found.likeness_of_any:.2f})",
-        ]
+    codes, position = examined.statistics, examined.position
+    shown = ", ".join(f"{code.code} ({code.consistency:.2f})" for code in examined.codes[:8])
+    more = ", …" if len(examined.codes) > 8 else ""
+    return (
+        f"codebook: {codes.patches:,} patches, usage {100 * codes.usage:.1f} % of "
+        f"{codes.codebook_size:,} codes, perplexity {codes.perplexity:,.1f}\n"
+        f"  place says {position.bits:.3f} of {position.code_entropy:.2f} bits of a patch's code, "
+        f"{position.bits_shifted:.3f} by chance (grids shifted at random)\n"
+        f"  most consistent: {shown}{more}; patches of any codes ({examined.likeness_of_any:.2f})"
     )
 
 
-def to_json(found: CodebookFindings) -> dict[str, Any]:
+def to_json(examined: ExaminedCodebook) -> dict[str, Any]:
     """The numbers behind the page, for programs."""
     return {
-        "codebook_size": found.statistics.codebook_size,
-        "patches": found.statistics.patches,
-        "codebook_usage": found.statistics.usage,
-        "perplexity": found.statistics.perplexity,
-        "counts": found.counts.tolist(),
-        "searched_crops": found.searched,
-        "eligible_codes": found.eligible,
-        "consistency_of_any": found.likeness_of_any,
-        "position_bits": found.position.bits,
-        "position_bits_shifted": found.position.bits_shifted,
-        "code_entropy_bits": found.position.code_entropy,
+        "codebook_size": examined.statistics.codebook_size,
+        "patches": examined.statistics.patches,
+        "codebook_usage": examined.statistics.usage,
+        "perplexity": examined.statistics.perplexity,
+        "counts": examined.counts.tolist(),
+        "searched_crops": examined.searched,
+        "eligible_codes": examined.eligible,
+        "consistency_of_any": examined.likeness_of_any,
+        "position_bits": examined.position.bits,
+        "position_bits_shifted": examined.position.bits_shifted,
+        "code_entropy_bits": examined.position.code_entropy,
         "codes": [
             {
-                "code": one.code,
-                "consistency": one.consistency,
-                "images": one.images,
-                "share": one.share,
-                "patches": [{"key": example.key, "patch": example.patch} for example in one.examples],
-                "position_bits": one.place.bits,
-                "position_bits_shifted": one.place.bits_shifted,
-                "classes": [
-                    {"label": held.label, "share": held.share, "lift": held.lift} for held in one.classes
-                ],
-                "neighbours": [{"code": code, "cosine": cosine} for code, cosine in one.neighbours],
+                "code": shown.code,
+                "consistency": shown.consistency,
+                "images": shown.images,
+                "share": shown.share,
+                "patches": [{"key": example.key, "patch": example.patch} for example in shown.examples],
+                "position_bits": examined.position.of(shown.code).bits,
+                "position_bits_shifted": examined.position.of(shown.code).bits_shifted,
+                "classes": [vars(share) for share in shown.classes],
+                "neighbours": [{"code": code, "cosine": cosine} for code, cosine in shown.neighbours],
             }
-            for one in found.codes
+            for shown in examined.codes
         ],
     }
 

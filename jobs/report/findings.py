@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.report.html import TableRow
 from pipeline import artifacts, storage
+from pipeline.config import URL
 from pipeline.errors import InputError
 from pipeline.training import metrics
 from pretrain.evals import probe
@@ -23,19 +23,19 @@ from tokenizer.model.artifact import read_tokenizer
 class ReportConfig:
     """Write a report about a pipeline's results, or about any part of them."""
 
-    output: str
+    output: str = field(metadata=URL)
     """The page, if it ends in .html; else a folder that gets report.html. An older report is replaced."""
-    images: str | None = None
+    images: str | None = field(default=None, metadata=URL)
     """Output of prepare_images: one dataset, or train/ and val/."""
-    tokenizer: str | None = None
+    tokenizer: str | None = field(default=None, metadata=URL)
     """Output of train_tokenizer."""
-    shards: str | None = None
+    shards: str | None = field(default=None, metadata=URL)
     """Output of precompute_shards."""
-    backbone: str | None = None
+    backbone: str | None = field(default=None, metadata=URL)
     """Output of pretrain_mim."""
-    probe: str | None = None
+    probe: str | None = field(default=None, metadata=URL)
     """Output of probe_linear."""
-    pipeline_summary: str | None = None
+    pipeline_summary: str | None = field(default=None, metadata=URL)
     """pipeline.json of run_pipeline: seconds and steps per stage, and what was left out."""
     title: str = "BEiT v2 pretraining report"
     """Heading of the page."""
@@ -79,9 +79,9 @@ class Findings:
     """Records of metrics.jsonl by input's name."""
 
 
-def find(config: ReportConfig) -> Findings:
+def collect(config: ReportConfig) -> Findings:
     """Open what the configuration names. Only when none of it is there, this is an InputError."""
-    found = Findings()
+    findings = Findings()
 
     def opened(name: str, read: Callable[[str], Any]) -> Any:
         """What `read` makes of an input; None, with the reason noted, where the input is not there."""
@@ -89,27 +89,26 @@ def find(config: ReportConfig) -> Findings:
         try:
             if url is None:
                 raise InputError(f"no --{name} was given")
-            return read(storage.absolute(url))
+            return read(url)
         except InputError as error:
-            found.absent[name] = str(error)
+            findings.absent[name] = str(error)
             return None
 
-    found.images = opened("images", _open_images) or {}
-    found.tokenizer = opened("tokenizer", lambda url: read_tokenizer(url).header)
-    found.tokens = opened("shards", lambda url: open_dataset(url, "tokens"))
-    found.backbone = opened("backbone", read_backbone_header)
-    found.probe = opened("probe", _read_probe)
-    summary = opened("pipeline_summary", _read_pipeline)
-    if summary is not None:
-        found.stages, found.left_out = summary["stages"], summary.get("left_out", {})
-        if found.probe is None and config.probe is None and "probe_linear" in found.left_out:
-            found.absent["probe"] = found.left_out["probe_linear"]
-    if not any((found.images, found.tokenizer, found.tokens, found.backbone, found.probe, found.stages)):
-        raise InputError(f"there is nothing to report on: {'; '.join(found.absent.values())}")
+    findings.images = opened("images", _open_images) or {}
+    findings.tokenizer = opened("tokenizer", lambda url: read_tokenizer(url).header)
+    findings.tokens = opened("shards", lambda url: open_dataset(url, "tokens"))
+    findings.backbone = opened("backbone", read_backbone_header)
+    findings.probe = opened("probe", _read_probe)
+    summary = opened("pipeline_summary", _read_pipeline) or {"stages": {}}
+    findings.stages, findings.left_out = summary["stages"], summary.get("left_out", {})
+    if findings.probe is None and config.probe is None and "probe_linear" in findings.left_out:
+        findings.absent["probe"] = findings.left_out["probe_linear"]
+    if len(findings.absent) == len(_INPUTS):
+        raise InputError(f"there is nothing to report on: {'; '.join(findings.absent.values())}")
     for name, url in (("tokenizer", config.tokenizer), ("backbone", config.backbone)):
         if url is not None:
-            found.curves[name] = metrics.read_metrics(storage.absolute(url))
-    return found
+            findings.curves[name] = metrics.read_metrics(url)
+    return findings
 
 
 def _open_images(url: str) -> dict[str, Dataset]:
@@ -130,148 +129,139 @@ def _read_probe(url: str) -> dict[str, Any]:
 
 
 def _read_pipeline(url: str) -> dict[str, Any]:
-    data = storage_bytes(url)
+    data = storage.read_or_none(url)
     if data is None:
         raise InputError(f"there is no pipeline summary at {url}; give the pipeline.json of run_pipeline")
     try:
         summary = json.loads(data)
-        if not isinstance(summary["stages"], dict):
-            raise TypeError("stages")
+        if isinstance(summary["stages"], dict):
+            return summary
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{url} is no pipeline summary; give the pipeline.json of run_pipeline") from None
-    return summary
-
-
-def storage_bytes(url: str) -> bytes | None:
-    """An object's bytes, or None where there is none."""
-    try:
-        return storage.read(url)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+        pass
+    raise InputError(f"{url} is no pipeline summary; give the pipeline.json of run_pipeline")
 
 
 # ------------------------------------------------------------------------------------------------ summary
 
-
-def summary_rows(found: Findings) -> list[TableRow]:
-    """The lines of the summary, for page and terminal alike."""
-    parts = (
-        ("Images", "images", _image_lines(found)),
-        ("Tokenizer", "tokenizer", _tokenizer_lines(found)),
-        ("Token shards", "shards", _token_lines(found)),
-        ("MIM", "backbone", _mim_lines(found)),
-        ("Linear probe", "probe", _probe_lines(found)),
-        ("Stages", "pipeline_summary", _stage_lines(found)),
-    )
-    rows = []
-    for group, key, lines in parts:
-        rows += [TableRow(group=group, name=name, value=value, note=note) for name, value, note in lines]
-        if not lines:
-            rows.append(TableRow(group=group, name="—", value="", note=found.absent[key]))
-    return rows
+Line = tuple[str, str, str]
+"""Name, value, and a note that qualifies the value or says why there is none."""
 
 
-Lines = list[tuple[str, str, str]]
-"""(name, value, note)."""
+def summary_rows(findings: Findings) -> list[tuple[str, str, str, str]]:
+    """The lines of the summary, each after its group, for page and terminal alike."""
+    return [
+        (group, *line)
+        for key, (group, lines_of) in _INPUTS.items()
+        for line in lines_of(findings) or [("—", "", findings.absent.get(key, "nothing is recorded"))]
+    ]
 
 
-def _image_lines(found: Findings) -> Lines:
-    manifests = {split: dataset.manifest for split, dataset in found.images.items()}
+def summary_text(rows: Sequence[tuple[str, str, str, str]]) -> str:
+    """The summary as text for a terminal."""
+    group_width, name_width, value_width, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines, last = [], rows[0][0]
+    for number, (group, name, value, note) in enumerate(rows):
+        if group != last:
+            lines.append("")
+        head, last = group if number == 0 or group != last else "", group
+        lines.append(f"{head:<{group_width}}  {name:<{name_width}}  {value:<{value_width}}  {note}".rstrip())
+    return "\n".join(lines)
+
+
+def _image_lines(findings: Findings) -> list[Line]:
+    manifests = {split: dataset.manifest for split, dataset in findings.images.items()}
     if not manifests:
         return []
-    reasons: Counter[str] = Counter()
-    for manifest in manifests.values():
-        reasons.update(manifest.samples_rejected)
-    counts = (
-        sum(manifest.samples_in for manifest in manifests.values()),
-        sum(manifest.samples_written for manifest in manifests.values()),
-        reasons.total(),
-    )
-    splits = ", ".join(
-        f"{split} {manifest.samples_written:,}" for split, manifest in manifests.items() if split
-    )
-    lines = [("in / written / rejected", " / ".join(f"{count:,}" for count in counts), splits)]
+    reasons = sum((Counter(manifest.samples_rejected) for manifest in manifests.values()), Counter[str]())
+    seen = sum(manifest.samples_in for manifest in manifests.values())
+    written = sum(manifest.samples_written for manifest in manifests.values())
+    splits = [f"{split} {manifest.samples_written:,}" for split, manifest in manifests.items() if split]
+    counts = f"{seen:,} / {written:,} / {reasons.total():,}"
+    lines = [("in / written / rejected", counts, ", ".join(splits))]
     if reasons:
-        lines.append(("rejected because", ", ".join(f"{why} {n:,}" for why, n in reasons.most_common()), ""))
+        lines.append(("rejected because", _counted(reasons), ""))
     return lines
 
 
-def _tokenizer_lines(found: Findings) -> Lines:
-    if found.tokenizer is None:
+def _tokenizer_lines(findings: Findings) -> list[Line]:
+    if findings.tokenizer is None:
         return []
-    figures, size = found.tokenizer["metrics"], found.tokenizer["config"]["codebook_size"]
-    held_out = any("val_rec_loss" in record for record in found.curves["tokenizer"])
+    figures, size = findings.tokenizer["metrics"], findings.tokenizer["config"]["codebook_size"]
+    held_out = any("val_rec_loss" in record for record in findings.curves["tokenizer"])
     where = "held-out images" if held_out else "training images"
     usage, used = figures["codebook_usage"], f"of {size:,} codes, {where}"
     if usage is not None:
         used = f"{round(usage * size):,} {used}"
-    teacher = found.tokenizer["teacher"].get("name") or "the teacher"
+    teacher = findings.tokenizer["teacher"].get("name") or "the teacher"
+    loss = _figure(figures["reconstruction_loss"], ".4f")
     return [
-        (
-            "reconstruction loss",
-            _figure(figures["reconstruction_loss"], ".4f"),
-            f"1 − cosine to {teacher}, {where}",
-        ),
-        ("codebook usage", "not measured" if usage is None else percent(usage), used),
+        ("reconstruction loss", loss, f"1 − cosine to {teacher}, {where}"),
+        ("codebook usage", "not measured" if usage is None else _percent(usage), used),
         ("perplexity", _figure(figures["perplexity"], ",.1f"), f"of at most {size:,}, {where}"),
     ]
 
 
-def _figure(value: float | None, style: str) -> str:
-    return "not measured" if value is None else format(value, style)
-
-
-def _token_lines(found: Findings) -> Lines:
-    if found.tokens is None:
+def _token_lines(findings: Findings) -> list[Line]:
+    if findings.tokens is None:
         return []
-    manifest = found.tokens.manifest
+    manifest = findings.tokens.manifest
     views = f"{manifest.num_views} view{'s' if manifest.num_views > 1 else ''} of each image"
     lines = [("crops with codes", f"{manifest.samples_written:,}", views)]
-    if manifest.samples_rejected:
-        why = ", ".join(f"{reason} {count:,}" for reason, count in manifest.samples_rejected.items())
-        lines.append(("rejected", f"{sum(manifest.samples_rejected.values()):,}", why))
+    if reasons := Counter(manifest.samples_rejected):
+        lines.append(("rejected", f"{reasons.total():,}", _counted(reasons)))
     return lines
 
 
-def _mim_lines(found: Findings) -> Lines:
-    if found.backbone is None:
+def _mim_lines(findings: Findings) -> list[Line]:
+    if findings.backbone is None:
         return []
-    figures = found.backbone["run"].get("metrics", {})
+    figures = findings.backbone["run"].get("metrics", {})
     lines = []
     for head, suffix in (("main head", ""), ("[CLS] head", "_cls")):
         loss, accuracy = figures.get(f"loss{suffix}"), figures.get(f"accuracy{suffix}")
         if loss is not None and accuracy is not None:
             lines.append((f"loss, {head}", f"{loss:.3f}", "cross-entropy per masked patch, last steps"))
-            lines.append((f"accuracy, {head}", percent(accuracy), "masked patches whose code was predicted"))
+            lines.append((f"accuracy, {head}", _percent(accuracy), "masked patches whose code was predicted"))
     return lines or [("backbone", "no figures", "it was not pretrained here")]
 
 
-def _probe_lines(found: Findings) -> Lines:
-    if found.probe is None:
+def _probe_lines(findings: Findings) -> list[Line]:
+    if findings.probe is None:
         return []
     lines = []
-    for score in found.probe["scores"]:
-        value = f"{percent(score['top1'])}  [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
+    for score in findings.probe["scores"]:
+        value = f"{_percent(score['top1'])}  [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
         lines.append((score["label"], value, "top-1 and its 95 % interval"))
-    for comparison in found.probe["comparisons"]:
+    for comparison in findings.probe["comparisons"]:
         lines.append((f"gain over {comparison['over']}", *comparison_words(comparison)))
     return lines
 
 
-def _stage_lines(found: Findings) -> Lines:
-    lines = []
-    stages = {name: stage for name, stage in found.stages.items() if name != "write_report"}
-    for name, stage in stages.items():
-        state = [] if stage.get("finished", True) else ["did not finish"]
-        if stage.get("steps"):
-            seconds = float(stage["seconds"])
-            state.append(f"{stage['steps']:,} steps, {1000 * seconds / stage['steps']:,.0f} ms each")
-        lines.append((name, metrics.duration(float(stage["seconds"])), ", ".join(state)))
+def _stage_lines(findings: Findings) -> list[Line]:
+    lines, total = [], 0.0
+    for name, stage in findings.stages.items():
+        if name == "write_report":
+            continue
+        seconds, steps = float(stage["seconds"]), stage.get("steps")
+        notes = [] if stage.get("finished", True) else ["did not finish"]
+        if steps:
+            notes.append(f"{steps:,} steps, {1000 * seconds / steps:,.0f} ms each")
+        lines.append((name, metrics.duration(seconds), ", ".join(notes)))
+        total += seconds
     if lines:
-        total = sum(float(stage["seconds"]) for stage in stages.values())
         lines.append(("all", metrics.duration(total), ""))
-    lines += [(name, "left out", reason) for name, reason in found.left_out.items()]
-    return lines
+    return lines + [(name, "left out", reason) for name, reason in findings.left_out.items()]
+
+
+_INPUTS: dict[str, tuple[str, Callable[[Findings], list[Line]]]] = {
+    "images": ("Images", _image_lines),
+    "tokenizer": ("Tokenizer", _tokenizer_lines),
+    "shards": ("Token shards", _token_lines),
+    "backbone": ("MIM", _mim_lines),
+    "probe": ("Linear probe", _probe_lines),
+    "pipeline_summary": ("Stages", _stage_lines),
+}
+"""The inputs of a report, in the order of its summary."""
 
 
 def comparison_words(comparison: Mapping[str, Any]) -> tuple[str, str]:
@@ -286,6 +276,13 @@ def comparison_words(comparison: Mapping[str, Any]) -> tuple[str, str]:
     return points, verdict
 
 
-def percent(share: float) -> str:
-    """`12.3 %`."""
+def _counted(reasons: Counter[str]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
+
+
+def _figure(value: float | None, style: str) -> str:
+    return "not measured" if value is None else format(value, style)
+
+
+def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.optimize import minimize
-from scipy.special import logsumexp, softmax
 
 from jobs.draw_images import DrawConfig, draw_images
 from jobs.report import drawing
@@ -37,12 +34,10 @@ def test_a_picture_is_a_pure_function_of_seed_and_index():
     again = [_draw(i) for i in reversed(range(8))][::-1]
     for a, b in zip(first, again, strict=True):
         assert np.array_equal(a.pixels, b.pixels) and np.array_equal(a.label_map, b.label_map)
-    assert not np.array_equal(first[0].pixels, _draw(0, seed=1).pixels)
-    different = {picture.pixels.tobytes() for picture in first}
-    assert len(different) == len(first)
+    assert len({picture.pixels.tobytes() for picture in [*first, _draw(0, seed=1)]}) == 9
 
 
-@pytest.mark.parametrize("num_classes", [2, 12, drawing.MAX_CLASSES])
+@pytest.mark.parametrize("num_classes", [2, 5, drawing.MAX_CLASSES])
 def test_label_maps_hold_the_object_of_the_label_and_nothing_foreign(num_classes: int):
     for index in range(2 * num_classes):
         picture = _draw(index, num_classes=num_classes)
@@ -57,8 +52,8 @@ def test_class_names_are_sorted_unique_and_need_shape_and_texture_together():
     names = drawing.class_names(12)
     assert list(names) == sorted(set(names)) and len(names) == 12
     textures, shapes = zip(*(name.split("-") for name in names), strict=True)
-    assert {textures.count(texture) for texture in textures} == {2}
-    assert {shapes.count(shape) for shape in shapes} == {2}
+    assert {textures.count(texture) for texture in textures} == {3}
+    assert {shapes.count(shape) for shape in shapes} == {4}
     assert len(set(drawing.class_names(drawing.MAX_CLASSES))) == len(drawing.SHAPES) * len(drawing.TEXTURES)
     assert len(drawing.label_palette(12)) == 3 * len(drawing.label_names(12))
 
@@ -66,15 +61,15 @@ def test_class_names_are_sorted_unique_and_need_shape_and_texture_together():
 @pytest.mark.parametrize("shape", drawing.SHAPES)
 def test_antialiased_coverage_is_the_area_of_the_shape(shape: str):
     """Against counting the sign of the distance on a 12 times finer grid."""
-    field, radius = drawing._SHAPE_FIELDS[shape], 20.0
+    radius = 20.0
 
     def grid(count: int) -> tuple[np.ndarray, np.ndarray]:
         ticks = (np.arange(count) + 0.5) / count * 64 - 32
         y, x = np.meshgrid(ticks, ticks, indexing="ij")
         return x / radius, y / radius
 
-    coverage = np.clip(0.5 - field(*grid(64)) * radius, 0, 1).sum()
-    area = (field(*grid(768)) < 0).mean() * 64 * 64
+    coverage = np.clip(0.5 - drawing.shape_distance(shape, *grid(64)) * radius, 0, 1).sum()
+    area = (drawing.shape_distance(shape, *grid(768)) < 0).mean() * 64 * 64
     assert coverage == pytest.approx(area, rel=0.02)
     assert 0.2 * np.pi < area / radius**2 < 0.9 * np.pi
 
@@ -83,7 +78,7 @@ def test_antialiased_coverage_is_the_area_of_the_shape(shape: str):
 def test_textures_show_both_colours(texture: str):
     ticks = np.arange(64, dtype=np.float32) / 10
     v, u = np.meshgrid(ticks, ticks, indexing="ij")
-    weight = drawing._texture(np.random.default_rng(0), texture, u, v, 10.0)
+    weight = drawing.texture_weight(np.random.default_rng(0), texture, u, v, 10.0)
     assert weight.min() >= 0 and weight.max() <= 1
     assert 0.15 < weight.mean() < 0.85 and (weight < 0.1).mean() > 0.1 and (weight > 0.9).mean() > 0.1
 
@@ -91,63 +86,37 @@ def test_textures_show_both_colours(texture: str):
 # ------------------------------------------------------------------------------------------------ difficulty
 
 
-def _logistic_accuracy(train: np.ndarray, labels: np.ndarray, test: np.ndarray, truth: np.ndarray) -> float:
-    """Test accuracy of multinomial logistic regression (L-BFGS, l2 penalty 0.01) on standardised features."""
-    mean, std = train.mean(0), train.std(0) + 1e-6
-    train, test = ((features - mean) / std for features in (train, test))
-    classes, count = int(labels.max()) + 1, len(train)
-    onehot = np.eye(classes, dtype=np.float32)[labels]
-
-    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        weights = flat.reshape(train.shape[1], classes).astype(np.float32)
-        logits = train @ weights
-        value = (logsumexp(logits, axis=1) - (logits * onehot).sum(1)).mean() + 0.01 * (weights**2).sum()
-        gradient = train.T @ (softmax(logits, axis=1) - onehot) / count + 0.02 * weights
-        return float(value), gradient.ravel().astype(np.float64)
-
-    start = np.zeros(train.shape[1] * classes)
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 60})
-    weights = found.x.reshape(-1, classes)
-    assert ((train @ weights).argmax(1) == labels).mean() > 0.3, "the classifier did not fit its training set"
-    return float(((test @ weights).argmax(1) == truth).mean())
+def _linear_accuracy(features: np.ndarray, labels: np.ndarray, split: int) -> float:
+    """Test accuracy of ridge regression of one-hot labels on standardised features."""
+    features = (features - features[:split].mean(0)) / (features[:split].std(0) + 1e-6)
+    train, target = features[:split], np.eye(12)[labels[:split]] - 1 / 12
+    weights = np.linalg.solve(train.T @ train + 100 * np.eye(train.shape[1]), train.T @ target)
+    assert ((train @ weights).argmax(1) == labels[:split]).mean() > 0.25, "it did not fit its training set"
+    return float(((features[split:] @ weights).argmax(1) == labels[split:]).mean())
 
 
 def _gradient_words(gray: np.ndarray) -> np.ndarray:
-    """Histogram [n, 64] of each picture's patches over 64 clusters of gradient orientation histograms."""
-    rng = np.random.default_rng(0)
+    """Histogram [n, 32] of each picture's cells over 32 of their gradient orientation histograms."""
     dy, dx = np.gradient(gray, axis=(1, 2))
     angle = np.minimum((np.mod(np.arctan2(dy, dx), np.pi) / np.pi * 9).astype(int), 8)
-    cells = (len(gray), gray.shape[1] // 4, 4, gray.shape[2] // 4, 4)
-    bins = [np.where(angle == k, np.hypot(dy, dx), 0).reshape(cells).sum((2, 4)) for k in range(9)]
-    patches = np.stack(bins, axis=-1).reshape(-1, 9)
-    patches /= np.linalg.norm(patches, axis=1, keepdims=True) + 0.05
-    words = patches[rng.choice(len(patches), 64, replace=False)]
-    sample = patches[rng.choice(len(patches), 20_000, replace=False)]
-    for _ in range(5):
-        nearest = np.argmin((words**2).sum(1) - 2 * sample @ words.T, axis=1)
-        words = np.stack(
-            [sample[nearest == k].mean(0) if (nearest == k).any() else words[k] for k in range(64)]
-        )
-    nearest = np.argmin((words**2).sum(1) - 2 * patches @ words.T, axis=1).reshape(len(gray), -1)
-    return np.stack([np.sqrt(np.bincount(row, minlength=64)) for row in nearest]).astype(np.float32)
+    shape = (len(gray), gray.shape[1] // 4, 4, gray.shape[2] // 4, 4)
+    bins = [np.where(angle == k, np.hypot(dy, dx), 0).reshape(shape).sum((2, 4)) for k in range(9)]
+    cells = np.stack(bins, axis=-1).reshape(-1, 9)
+    cells /= np.linalg.norm(cells, axis=1, keepdims=True) + 0.05
+    words = cells[np.random.default_rng(0).choice(len(cells), 32, replace=False)]
+    nearest = np.argmin((words**2).sum(1) - 2 * cells @ words.T, axis=1).reshape(len(gray), -1)
+    return np.stack([np.sqrt(np.bincount(row, minlength=32)) for row in nearest])
 
 
 def test_raw_pixels_stay_below_twice_chance_and_local_structure_does_not():
-    count, split, chance = 2400, 1800, 1 / 12
-    pictures = [_draw(i) for i in range(count)]
+    count, split, chance = 2000, 1500, 1 / 12
+    pictures = [_draw(i) for i in np.random.default_rng(0).permutation(count).tolist()]
     labels = np.array([picture.label for picture in pictures])
-    order = np.random.default_rng(0).permutation(count)
-    train, test = order[:split], order[split:]
-
-    small = [
-        Image.fromarray(picture.pixels).resize((32, 32), Image.Resampling.BICUBIC) for picture in pictures
-    ]
-    pixels = np.stack([np.asarray(image, np.float32).ravel() / 255 for image in small])
-    assert _logistic_accuracy(pixels[train], labels[train], pixels[test], labels[test]) < 2 * chance
-
-    gray = np.stack([picture.pixels.mean(axis=2) / 255 for picture in pictures]).astype(np.float32)
-    words = _gradient_words(gray)
-    assert _logistic_accuracy(words[train], labels[train], words[test], labels[test]) > 2 * chance
+    small = [Image.fromarray(picture.pixels).resize((16, 16)) for picture in pictures]
+    pixels = np.stack([np.asarray(image, float).ravel() / 255 for image in small])
+    assert _linear_accuracy(pixels, labels, split) < 2 * chance
+    words = _gradient_words(np.stack([picture.pixels.mean(axis=2) / 255 for picture in pictures]))
+    assert _linear_accuracy(words, labels, split) > 2 * chance
 
 
 # ------------------------------------------------------------------------------------------------ the folder
@@ -215,7 +184,7 @@ def test_an_output_that_holds_something_else_is_refused_untouched(tmp_path: Path
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"num_classes": 1}, {"num_classes": 37}, {"num_images": 5}, {"image_size": 8}, {"jpeg_quality": 0}],
+    [{"num_classes": 1}, {"num_classes": 13}, {"num_images": 5}, {"image_size": 8}, {"jpeg_quality": 0}],
 )
 def test_values_out_of_range_are_named(wrong: dict[str, int]):
     key = next(iter(wrong))
@@ -226,11 +195,7 @@ def test_values_out_of_range_are_named(wrong: dict[str, int]):
 def test_jpegs_have_the_asked_quality(tmp_path: Path):
     sizes = {}
     for quality in (30, 95):
-        output = str(tmp_path / str(quality))
-        draw_images(
-            DrawConfig(output=output, num_images=2, num_classes=2, image_size=64, jpeg_quality=quality)
-        )
-        data = next(Path(output, "images").rglob("*.jpg")).read_bytes()
-        assert Image.open(io.BytesIO(data)).size == (64, 64)
-        sizes[quality] = len(data)
+        root = tmp_path / str(quality)
+        draw_images(DrawConfig(output=str(root), num_images=2, num_classes=2, jpeg_quality=quality))
+        sizes[quality] = sum(path.stat().st_size for path in root.rglob("*.jpg"))
     assert sizes[30] < 0.5 * sizes[95]

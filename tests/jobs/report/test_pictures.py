@@ -2,113 +2,116 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 
 from jobs.report import pictures
+from jobs.report.pictures import BORDER, RED, Row, Tile
+from pretrain.evals.codebook import Example
 from pretrain.model.backbone import BackboneConfig
 from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
 
 PATCH, SIDE, SIZE = 8, 4, 32
 
 
-def _model(layer: int | None = 1) -> MIM:
+def _predictions(layer: int | None = 1) -> tuple[MIM, pictures.Predictions]:
     torch.manual_seed(0)
     config = BackboneConfig(image_size=SIZE, patch_size=PATCH, width=16, depth=2, heads=2)
     aggregation = PatchAggregationConfig(layer=layer, head_depth=1)
-    return MIM(config, MIMConfig(patch_aggregation=aggregation), codebook_size=11).eval()
-
-
-def _striped_and_noisy(count: int = 40) -> tuple[np.ndarray, np.ndarray]:
-    """Images whose patches are stripes (code 1), noise (code 2) or flat (code 0), by a known grid."""
+    model = MIM(config, MIMConfig(patch_aggregation=aggregation), codebook_size=11).eval()
     rng = np.random.default_rng(0)
-    codes = rng.integers(0, 3, (count, SIDE * SIDE))
-    images = np.full((count, SIZE, SIZE, 3), 120, np.uint8)
-    stripes = np.where(np.arange(PATCH) % 4 < 2, 30, 220)[None, :, None] * np.ones((PATCH, 1, 3))
-    for row, patch in itertools.product(range(count), range(SIDE * SIDE)):
+    images = rng.integers(0, 256, (5, SIZE, SIZE, 3), dtype=np.uint8)
+    codes = rng.integers(0, 11, (5, SIDE * SIDE)).astype(np.uint16)
+    return model, pictures.predict(model, images, codes)
+
+
+@pytest.mark.parametrize(("side", "patches"), [(32, 8), (224, 14)])
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_the_box_surrounds_exactly_the_patch(side: int, patches: int, place: str):
+    patch = {"first": 0, "middle": patches * 3 + 5, "last": patches**2 - 1}[place]
+    step = side // patches
+    row, column = divmod(patch, patches)
+    pixels = np.full((side, side, 3), 100, np.uint8)
+    pixels[row * step : (row + 1) * step, column * step : (column + 1) * step] = (0, 0, 255)
+    tile = pictures.patch_tile(Example(key="k", patch=patch, pixels=pixels), (patches, patches), 128)
+    crop = pictures.fitted(pixels, 128)
+    assert crop.width == 128, "four times 32, or shrunk"
+    shown = np.asarray(tile.picture)[: crop.height + 2 * BORDER].astype(int)
+    rows, columns = np.nonzero((shown == RED).all(axis=2))
+    top, bottom, left, right = rows.min(), rows.max(), columns.min(), columns.max()
+    inside = shown[top + 2 : bottom - 1, left + 2 : right - 1]
+    edges = [BORDER + n * crop.width // patches for n in (row, row + 1, column, column + 1)]
+    assert [top + 2, bottom - 1, left + 2, right - 1] == edges
+    # All four sides are there, two pixels wide, and hide nothing of the patch.
+    assert len(rows) == 4 * (right - left + bottom - top - 2)
+    assert np.abs(np.median(inside.reshape(-1, 3), axis=0) - (0, 0, 255)).max() < 4
+    if side == 32:
+        assert (inside == (0, 0, 255)).all(), "enlarged with hard edges"
+
+
+def test_surroundings_have_the_patch_in_the_middle():
+    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    around = np.pad(pixels, ((PATCH, PATCH), (PATCH, PATCH), (0, 0)), mode="edge")
+    for patch in (0, 6, 15):
         top, left = patch // SIDE * PATCH, patch % SIDE * PATCH
-        if codes[row, patch] == 1:
-            images[row, top : top + PATCH, left : left + PATCH] = stripes
-        elif codes[row, patch] == 2:
-            images[row, top : top + PATCH, left : left + PATCH] = rng.integers(0, 256, (PATCH, PATCH, 3))
-    return images, codes
+        expected = around[top : top + 3 * PATCH, left : left + 3 * PATCH]
+        np.testing.assert_array_equal(pictures.surroundings(pixels, patch, (SIDE, SIDE)), expected)
 
 
-def test_groups_hold_patches_of_their_code_and_stripes_are_more_alike_than_noise():
-    images, codes = _striped_and_noisy()
-    consistent, used = pictures.group_by_code(
-        images, codes, patch_size=PATCH, num_consistent=2, num_used=2, per_code=10
-    )
-    found = {group.code: group for group in [*consistent, *used]}
-    assert sorted(found) == [0, 1, 2] and len(consistent) == 2
-    assert found[1].consistency > found[2].consistency
-    for code, group in found.items():
-        assert group.share == pytest.approx((codes == code).mean())
-        assert len(group.tiles) == 10
-        for tile in group.tiles:
-            assert tile.shape == (3 * PATCH, 3 * PATCH, 3)
-            center = tile[PATCH : 2 * PATCH, PATCH : 2 * PATCH].astype(int)
-            if code == 0:
-                assert (center == 120).all()
-            if code == 1:
-                assert set(np.unique(center)) == {30, 220}
+def test_a_sheet_shows_every_tile_whole():
+    colors = [(200, n, 0) for n in range(40)]
+    tiles = [Tile(picture=pictures.Image.new("RGB", (90, 50), color), alt="") for color in colors]
+    rows = [
+        Row(title="first", words=["a", "b"], tiles=tiles[:3]),
+        Row(title="second", words=[], tiles=tiles[3:]),
+    ]
+    sheet = np.asarray(pictures.sheet("title", "lead", rows))
+    assert sheet.shape[1] == pictures.WIDTH
+    for color in colors:
+        assert (sheet == color).all(axis=2).sum() == 90 * 50
 
 
-def test_rare_codes_and_codes_of_few_images_are_not_shown():
-    images, codes = _striped_and_noisy()
-    codes[codes == 2] = 0
-    codes[0] = 2  # 16 patches, but all of one image
-    consistent, used = pictures.group_by_code(
-        images, codes, patch_size=PATCH, num_consistent=5, num_used=5, per_code=4
-    )
-    assert {group.code for group in [*consistent, *used]} == {0, 1}
+def test_maps_are_red_where_a_code_is_frequent_and_blue_where_it_is_rare():
+    colors = pictures.spread_colors(np.array([[8.0, 1.0], [1.0, 0.1]])).astype(int)
+    assert colors[0, 0, 0] > colors[0, 0, 2] and colors[1, 1, 2] > colors[1, 1, 0]
+    assert colors[0, 1].tolist() == colors[1, 0].tolist() and np.ptp(colors[0, 1]) < 5
 
 
-def test_patches_come_from_as_many_images_as_possible():
-    images = np.zeros((8, SIZE, SIZE, 3), np.uint8)
-    images += np.arange(8, dtype=np.uint8)[:, None, None, None] * 10
-    codes = np.zeros((8, SIDE * SIDE), int)
-    [group], _ = pictures.group_by_code(
-        images, codes, patch_size=PATCH, num_consistent=1, num_used=1, per_code=8
-    )
-    assert sorted(int(tile[0, 0, 0]) // 10 for tile in group.tiles) == list(range(8))
+@pytest.mark.parametrize("size", [2, 256, 8192])
+def test_the_usage_chart_falls_from_the_most_used_code(size: int):
+    counts = np.random.default_rng(0).zipf(1.5, size).clip(max=10**6)
+    counts[: size // 4] = 0
+    blue = (np.asarray(pictures.usage_chart(counts)) == pictures.BLUE).all(axis=2)
+    used = np.flatnonzero(blue.any(axis=0))
+    heights = blue.sum(axis=0)[used]
+    assert heights.max() == heights[:3].max() and (np.diff(heights) <= 2).all(), "up to lines drawn across"
+    full = 1090
+    assert len(used) == pytest.approx(full * (counts > 0).mean(), abs=3)
 
 
 def test_codes_get_different_colours_and_neighbours_similar_ones():
-    rng = np.random.default_rng(0)
-    codebook = rng.normal(size=(64, 8))
+    codebook = np.random.default_rng(0).normal(size=(64, 8))
     codebook[1] = codebook[0] + 0.001
     colors = pictures.code_colors(codebook, 64).astype(int)
     assert colors.shape == (64, 3) and len(np.unique(colors, axis=0)) == 64
     assert np.abs(colors[0] - colors[1]).max() < 20
     assert np.array_equal(pictures.code_colors(None, 64), pictures.code_colors(None, 64))
     assert len(np.unique(pictures.code_colors(None, 64), axis=0)) > 60
+    assert pictures.code_colors(codebook[:, :2], 64).shape == (64, 3)
 
 
 def test_predictions_are_the_models_for_hidden_patches_only():
-    model, rng = _model(), np.random.default_rng(0)
-    images = rng.integers(0, 256, (5, SIZE, SIZE, 3), dtype=np.uint8)
-    codes = rng.integers(0, 11, (5, SIDE * SIDE)).astype(np.uint16)
-    predictions = pictures.predict(model, images, codes)
-    for i, one in enumerate(predictions):
-        mask = torch.from_numpy(one.mask)[None]
-        alone = model(model.normalize(torch.from_numpy(images[i : i + 1])), mask)
-        assert np.array_equal(one.guess[one.mask], alone.logits.argmax(1).numpy())
-        assert one.guess_cls is not None and alone.logits_cls is not None
-        assert np.array_equal(one.guess_cls[one.mask], alone.logits_cls.argmax(1).numpy())
-        assert (one.guess[~one.mask] == -1).all() and 0 < one.mask.sum() < one.mask.size
-    hits = [one.guess[j] == one.codes[j] for one in predictions for j in np.flatnonzero(one.mask)]
-    assert pictures.accuracy(predictions) == pytest.approx(np.mean(hits))
-
-
-def test_without_aggregation_the_second_head_is_absent():
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
-    predictions = pictures.predict(_model(None), images, np.zeros((2, SIDE * SIDE), np.uint16))
-    assert predictions[0].guess_cls is None and pictures.accuracy(predictions, cls_head=True) is None
+    model, made = _predictions()
+    assert made.guess_cls is not None
+    for i, (mask, guess) in enumerate(zip(made.mask, made.guess, strict=True)):
+        alone = model(model.normalize(torch.from_numpy(made.images[i : i + 1])), torch.from_numpy(mask)[None])
+        assert np.array_equal(guess[mask], alone.logits.argmax(1).numpy())
+        assert np.array_equal(made.guess_cls[i][mask], alone.logits_cls.argmax(1).numpy())
+        assert (guess[~mask] == -1).all() and 0 < mask.sum() < mask.size
+    hits = [made.guess[place] == made.codes[place] for place in zip(*np.nonzero(made.mask), strict=True)]
+    assert made.accuracy(made.guess) == pytest.approx(np.mean(hits))
+    assert _predictions(None)[1].guess_cls is None, "no second head without aggregation"
 
 
 def test_maps_paint_each_patch_by_its_values():
@@ -116,24 +119,20 @@ def test_maps_paint_each_patch_by_its_values():
     mask[[0, 5]] = True
     codes, guess = np.arange(SIDE * SIDE) % 11, np.full(SIDE * SIDE, -1)
     guess[[0, 5]] = 0, 7  # right for patch 0, wrong for patch 5
-    one = pictures.Prediction(
-        image=np.full((SIZE, SIZE, 3), 200, np.uint8), mask=mask, codes=codes, guess=guess, guess_cls=None
-    )
-    colors = pictures.code_colors(None, 11)
-    size = 64
+    image, colors = np.full((SIZE, SIZE, 3), 200, np.uint8), pictures.code_colors(None, 11)
 
     def patch(picture: np.ndarray, number: int) -> np.ndarray:
-        side = size // SIDE
+        side = len(picture) // SIDE
         top, left = number // SIDE * side, number % SIDE * side
         block = picture[top : top + side, left : left + side].reshape(-1, 3)
         assert (block == block[0]).all()
         return block[0].astype(int)
 
-    hidden = pictures.masked_image(one, size)
+    hidden = pictures.masked_image(image, mask)
     assert (patch(hidden, 0) == pictures.HIDDEN).all() and (patch(hidden, 1) == 200).all()
-    assert np.array_equal(patch(pictures.code_map(codes, colors, size), 3), colors[3])
-    guesses = pictures.guess_map(one, colors, size)
+    assert np.array_equal(patch(pictures.code_map(codes, colors), 3), colors[3])
+    guesses = pictures.guess_map(mask, codes, guess, colors)
     assert np.array_equal(patch(guesses, 5), colors[7]) and not np.array_equal(patch(guesses, 3), colors[3])
-    verdict = pictures.verdict_map(one, size, right=(0, 255, 0), wrong=(255, 0, 0))
+    verdict = pictures.verdict_map(image, mask, codes == guess)
     assert patch(verdict, 0)[1] > patch(verdict, 0)[0] and patch(verdict, 5)[0] > patch(verdict, 5)[1]
     assert len(set(patch(verdict, 9))) == 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pretrain.evals import codebook
-from pretrain.evals.codebook import Likeness, choose_patches, mutual_information, position_bits
+from pretrain.evals.codebook import Likeness, PositionStatistics, choose_patches, position_bits
 from shards.dataset.codes import CodeCounts
 
 PATCH, SIDE = 8, 4
@@ -57,8 +57,10 @@ def test_consistency_is_the_mean_over_pairs_of_images():
     np.testing.assert_allclose(likeness.consistency(), slow, atol=1e-6)
     assert math.isnan(slow[5]) and slow[1] > 0.99
     assert likeness.of_any() == pytest.approx(_slow_consistency(descriptors, 0 * codes, 0), abs=1e-6)
-    np.testing.assert_array_equal(likeness.patches, np.bincount(codes.ravel(), minlength=6))
-    np.testing.assert_array_equal(likeness.images, [(codes == c).any(axis=1).sum() for c in range(6)])
+    np.testing.assert_array_equal(likeness.patches_per_code, np.bincount(codes.ravel(), minlength=6))
+    np.testing.assert_array_equal(
+        likeness.images_per_code, [(codes == c).any(axis=1).sum() for c in range(6)]
+    )
 
 
 def test_patches_of_one_image_do_not_make_a_code_consistent():
@@ -113,29 +115,22 @@ def test_every_image_gives_one_patch_before_any_gives_two():
 # ------------------------------------------------------------------------------------------------ position
 
 
-def test_mutual_information_is_that_of_the_formula():
+def test_position_bits_are_those_of_the_formula():
     table = np.random.default_rng(0).integers(0, 9, (5, 6))
     table[2] = 0
-    joint = table / table.sum()
-    codes, places = joint.sum(axis=1), joint.sum(axis=0)
-    slow = sum(
-        joint[c, p] * math.log2(joint[c, p] / (codes[c] * places[p]))
-        for c, p in itertools.product(range(5), range(6))
-        if joint[c, p] > 0
-    )
-    assert mutual_information(table) == pytest.approx(slow)
-    divergence = sum(
-        table[4, p] / table[4].sum() * math.log2(table[4, p] / table[4].sum() / places[p])
-        for p in range(6)
-        if table[4, p]
-    )
-    assert position_bits(table)[4] == pytest.approx(divergence) and position_bits(table)[2] == 0
-    assert mutual_information(np.zeros((3, 4), int)) == 0
+    for code in range(5):
+        divergence = sum(
+            share * math.log2(share / (table[:, place].sum() / table.sum()))
+            for place, share in enumerate(table[code] / max(1, table[code].sum()))
+            if share > 0
+        )
+        assert position_bits(table)[code] == pytest.approx(divergence)
+    assert (position_bits(np.zeros((3, 4), int)) == 0).all()
 
 
 def test_bound_codes_say_all_of_their_place_and_free_ones_nothing():
-    assert mutual_information(np.eye(16, dtype=int) * 3) == pytest.approx(4)
-    assert mutual_information(np.full((5, 16), 7)) == pytest.approx(0, abs=1e-12)
+    assert position_bits(np.eye(16, dtype=int) * 3) == pytest.approx(np.full(16, 4))
+    assert position_bits(np.full((5, 16), 7)) == pytest.approx(np.zeros(5), abs=1e-12)
 
 
 def _counts(codes: np.ndarray, size: int) -> CodeCounts:
@@ -165,17 +160,17 @@ def test_what_chance_gives_is_told_from_what_position_gives():
         block = np.zeros((12, 12), int)
         block[:3, :3] = rng.integers(1, 6)
         grid[:] = np.roll(block, rng.integers(0, 12, 2), (0, 1))
-    free = codebook.position_statistics(_counts(anywhere, 6), (12, 12))
+    free = PositionStatistics(_counts(anywhere, 6), (12, 12))
     assert free.bits > 0.05 and free.bits_shifted == pytest.approx(free.bits, rel=0.3)
 
     grid = (6, 6)
     placed = rng.integers(0, 2, (60, *grid))
     placed[:, :2] = 2
     placed[:, 5] = 3
-    bound = codebook.position_statistics(_counts(placed, 5), grid)
+    bound = PositionStatistics(_counts(placed, 5), grid)
     assert bound.bits > 5 * bound.bits_shifted
-    assert {one.code for one in bound.most[:2]} == {2, 3}
-    share = bound.most[[one.code for one in bound.most].index(2)].spread
+    assert {place.code for place in bound.most[:2]} == {2, 3}
+    share = bound.of(2).spread
     assert share.shape == grid and (share[:2] > 2).all() and (share[2:] < 0.2).all()
     assert bound.code_entropy == pytest.approx(
         -sum(p * math.log2(p) for p in np.bincount(placed.ravel()) / placed.size)
