@@ -1,4 +1,4 @@
-"""Print which samples a rank sees, step by step, and how well the order mixes.
+"""Print which samples a rank sees, step by step.
 
 python -m jobs.inspect_order --dataset runs/tokens --seed 0 --epoch 3 --world_size 8 --rank 2 \
     --global_batch 256 --start 5120 --steps 2 [--json]
@@ -19,9 +19,8 @@ from pipeline.errors import InputError
 from shards.dataset.corpus import SubsetConfig, namespaced_key, open_corpus
 from shards.dataset.dataset import Dataset
 from shards.reader.disk_cache import CacheConfig
-from shards.reader.order import ORDER_VERSION, Order, batch_plans, view_of_epoch
+from shards.reader.order import ORDER_VERSION, Batches, Order, batch_plans, view_of_epoch
 from shards.reader.reader import order_shape
-from shards.reader.shuffle import shuffle_quality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +57,6 @@ class InspectOrderConfig:
     """The run's shards per window; null is what a new run would take."""
     cache: CacheConfig = CacheConfig()
     """The run's cache, which limits the lanes where shards have to be fetched."""
-    quality: bool = True
-    """Also say, in text, how well the epoch is mixed. Reads the labels of all samples."""
 
     def __post_init__(self) -> None:
         if min(self.steps, self.start, self.epoch) < 0 or not 0 <= self.seed < 1 << 64:
@@ -99,8 +96,6 @@ def main(config: InspectOrderConfig) -> None:
         f"in {dataset.num_shards:,} shards, {order.lanes} lanes of {order.window} shards; the last "
         f"{order.num_samples % config.global_batch} positions of the epoch are dropped"
     )
-    if config.quality:
-        _print_quality(config, dataset, order, view)
 
 
 def _steps(config: InspectOrderConfig, dataset: Dataset, order: Order, view: int) -> Iterator[list[str]]:
@@ -109,34 +104,10 @@ def _steps(config: InspectOrderConfig, dataset: Dataset, order: Order, view: int
         return dataset.read_index(view, number, ("sample_id",)).column("sample_id").to_numpy()
 
     first_view = dataset.manifest.first_view
-    plans = batch_plans(
-        order, config.start, config.global_batch, rank=config.rank, world_size=config.world_size
-    )
-    for plan in itertools.islice(plans, config.steps):
+    batches = Batches(config.global_batch, rank=config.rank, world_size=config.world_size)
+    for plan in itertools.islice(batch_plans(order, config.start, batches), config.steps):
         places = zip(plan.shards.tolist(), plan.rows.tolist(), strict=True)
         yield [namespaced_key(int(ids_of(number)[row]), first_view + view) for number, row in places]
-
-
-def _print_quality(config: InspectOrderConfig, dataset: Dataset, order: Order, view: int) -> None:
-    def labels_of(number: int) -> np.ndarray:
-        labels = dataset.read_index(view, number, ("label",)).column("label")
-        return labels.fill_null(-1).to_numpy().astype(np.int64)
-
-    found = shuffle_quality(order, config.global_batch, config.world_size, labels_of)
-    print(
-        f"a batch of {config.global_batch} draws from {found.shards_per_batch:.1f} of "
-        f"{dataset.num_shards} shards"
-    )
-    if found.fetches_per_shard is not None:
-        print(
-            f"with {config.world_size} workers on nodes of their own, a shard is fetched "
-            f"{found.fetches_per_shard:.2f} times per epoch"
-        )
-    if found.label_distance is not None:
-        print(
-            f"labels of a twentieth of the epoch differ from all by at most {found.label_distance:.3f} "
-            f"(total variation), those of random parts by {found.label_distance_by_chance:.3f}"
-        )
 
 
 if __name__ == "__main__":

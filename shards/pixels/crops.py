@@ -14,7 +14,7 @@ Augment = Callable[[np.ndarray, int, int], np.ndarray]
 """(crop uint8 [S, S, 3], sample id, epoch) -> uint8 [S, S, 3]; called by several threads at once."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Showing:
     """Which sample is shown, and for which time."""
 

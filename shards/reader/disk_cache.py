@@ -91,7 +91,7 @@ def map_file(descriptor: int, path: str, *, was_here: bool, read_now: bool = Tru
     )
 
 
-class NodeCache:
+class DiskCache:
     """A folder of at most `max_bytes`, shared by the threads and processes of a node.
 
     What was used longest ago goes first. Downloads that a killed process left are removed by the next one
@@ -102,7 +102,7 @@ class NodeCache:
         self._folder = config.place
         self._max_bytes = config.bytes
 
-    def held(self, wanted: CachedObject) -> bool:
+    def has(self, wanted: CachedObject) -> bool:
         """True where the object is in the folder now."""
         try:
             return os.stat(self._path(wanted)).st_size == wanted.bytes

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shards.reader.open_shards import OpenShard, ShardCache
+from shards.reader.open_shards import OpenShard, OpenShards
 from shards.reader.order import AHEAD_SHARDS, BatchPlan
 
 MAX_LOCATED = 1 << 16
@@ -20,7 +20,7 @@ _OF_THE_NEXT_EPOCH = -1
 
 
 @dataclass(slots=True, eq=False)
-class HeldShard:
+class PendingShard:
     """A shard, open or being opened, that batches need."""
 
     future: Future[OpenShard]
@@ -40,7 +40,7 @@ class PlannedBatch:
     plan: BatchPlan
     numbers: np.ndarray
     """int64, of its shards, each once."""
-    shards: dict[int, HeldShard]
+    shards: dict[int, PendingShard]
     """By number: these, and those of the other batches that are not done."""
 
 
@@ -56,7 +56,7 @@ class Lookahead:
     def __init__(
         self,
         plans: Iterator[BatchPlan],
-        cache: ShardCache,
+        cache: OpenShards,
         view: int,
         *,
         num_shards: int,
@@ -71,7 +71,7 @@ class Lookahead:
         self._following = following
         self._ahead = ahead
         self._queue: deque[PlannedBatch] = deque()
-        self._held: dict[int, HeldShard] = {}
+        self._held: dict[int, PendingShard] = {}
         self._users = np.zeros(num_shards, np.int32)
         """How many plans need a shard, of those in the queue and those not done."""
         self._bytes = 0
@@ -138,7 +138,7 @@ class Lookahead:
             self._cache.touch(self._view, self._held)  # none of those may give way to these
         for number in unused:
             future = self._cache.get(self._view, number)
-            self._held[number] = HeldShard(future)
+            self._held[number] = PendingShard(future)
             self._opening.append((number, future))
             self._bytes += self._cache.size(self._view, number)
         self._users[planned.numbers] += 1

@@ -25,7 +25,7 @@ from shards.dataset.rows import check_foreign_tar
 from shards.format.build import MAX_SHARD_BYTES
 from shards.format.index import codes_of
 from shards.format.manifest import DamageError, ShardInfo
-from shards.reader.disk_cache import CacheConfig, CachedObject, MappedFile, NodeCache, map_file
+from shards.reader.disk_cache import CacheConfig, CachedObject, DiskCache, MappedFile, map_file
 from shards.reader.figures import Telemetry
 
 FETCH_TRIES = 3
@@ -85,7 +85,7 @@ def cached_tar(info: ShardInfo) -> CachedObject | None:
     return CachedObject(name=info.tar_sha256, bytes=info.tar_bytes, what=f"{info.tar} of shard {info.name}")
 
 
-class ShardCache:
+class OpenShards:
     """Opens shards of one dataset through an executor and keeps the last used ones, up to `max_bytes` of tar.
 
     Local tars are mapped where they lie, so what is kept is the kernel's page cache; remote ones are fetched
@@ -97,13 +97,13 @@ class ShardCache:
         dataset: Dataset,
         executor: Executor,
         max_bytes: int,
-        node: NodeCache | None = None,
+        node: DiskCache | None = None,
         telemetry: Telemetry | None = None,
     ) -> None:
         self._dataset = dataset
         self._executor = executor
         self._max_bytes = max_bytes
-        self._node = NodeCache(CacheConfig()) if node is None else node
+        self._node = DiskCache(CacheConfig()) if node is None else node
         self._telemetry = Telemetry() if telemetry is None else telemetry
         self._lock = threading.RLock()  # an inline executor opens the shard under it
         self._shards: OrderedDict[tuple[int, int], Future[OpenShard]] = OrderedDict()

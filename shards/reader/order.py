@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 
 from pipeline.draws import permute
+from pipeline.errors import InputError
 
 ORDER_VERSION = 1
 DEFAULT_LANES = 64
@@ -26,6 +27,53 @@ _PLANNED_AT_ONCE = 1 << 12
 _SHARD_STREAM = 0
 _WINDOW_STREAM = 1
 _VIEW_STREAM = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """Which batches of which order a rank reads, and how far ahead it prepares them."""
+
+    size: int
+    """Samples of a batch, over all ranks."""
+    _: KW_ONLY
+    seed: int = 0
+    """Seed of the order, and of which view an epoch reads."""
+    rank: int = 0
+    world_size: int = 1
+    shuffle: bool = True
+    """False: positions are in the order of sample ids."""
+    drop_last: bool = True
+    """An epoch ends before the last N mod B samples; False: its last batch is short."""
+    lanes: int | None = None
+    """Lanes of the order; None takes the default, or fewer where the cache has no room for it. A run that may
+    resume keeps the lanes and the window that it began with."""
+    window: int | None = None
+    """Shards per window of the order; None as for the lanes."""
+    epochs: int = 0
+    """Epochs that will be read: near the end of each but the last, shards of the next are fetched."""
+    num_threads: int = 2
+    """Threads that decode; 0 decodes in the calling thread."""
+    prefetch: int = 2
+    """Batches that are prepared ahead; their shards are fetched before."""
+
+    @property
+    def num_ahead(self) -> int:
+        """Batches being filled while the consumer is busy with one."""
+        return self.prefetch if self.num_threads > 0 else 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not 0 <= self.rank < self.world_size:
+            raise InputError(
+                f"batch size {self.size}, rank {self.rank} of {self.world_size} workers make no sense; "
+                "give at least one sample and ranks from 0"
+            )
+        if not 0 <= self.seed < 1 << 64:
+            raise InputError(f"seed {self.seed} does not fit 64 bits; give a number from 0 to 2^64 - 1")
+        if self.world_size > self.size:
+            raise InputError(
+                f"{self.world_size} workers share a global batch of {self.size}, so some would get nothing; "
+                "raise the batch size or lower the number of workers"
+            )
 
 
 def view_of_epoch(num_views: int, seed: int, epoch: int) -> int:
@@ -151,17 +199,15 @@ class Order:
         shard[grouped] = self._shards[places]
 
     def _permutation(self, i: int) -> np.ndarray:
-        found = self._windows.get(i)
-        if found is not None:
+        if i in self._windows:
             self._windows.move_to_end(i)
-            return found
+            return self._windows[i]
         length = int(self._edges[i + 1] - self._edges[i])
-        found = permute(length, self.seed, self.epoch, _WINDOW_STREAM, i)
-        self._windows[i] = found
+        self._windows[i] = permute(length, self.seed, self.epoch, _WINDOW_STREAM, i)
         # Every lane is inside one window, or passes from one to the next while a batch is read.
         if len(self._windows) > 2 * self.lanes:
             self._windows.popitem(last=False)
-        return found
+        return self._windows[i]
 
 
 class SampleOrder:
@@ -193,32 +239,19 @@ class BatchPlan:
     rows: np.ndarray
 
 
-def batch_plans(
-    order: Order | SampleOrder,
-    position: int,
-    batch_size: int,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    drop_last: bool = True,
-) -> Iterator[BatchPlan]:
-    """A rank's parts of the global batches of an epoch from a position on.
-
-    With `drop_last` the epoch ends before a batch that would be short; else that one is the last.
-    """
+def batch_plans(order: Order | SampleOrder, position: int, batches: Batches) -> Iterator[BatchPlan]:
+    """A rank's parts of the global batches of an epoch from a position on."""
     num_samples = max(order.num_samples - position, 0)
-    end = position + (num_samples - num_samples % batch_size if drop_last else num_samples)
+    end = position + num_samples - (num_samples % batches.size if batches.drop_last else 0)
     # Many batches at a time: a window costs the same for one sample as for a hundred.
-    stride = batch_size * -(-_PLANNED_AT_ONCE * world_size // batch_size)
+    stride = batches.size * -(-_PLANNED_AT_ONCE * batches.world_size // batches.size)
     for first in range(position, end, stride):
-        starts = range(first, min(first + stride, end), batch_size)
-        sizes = [min(batch_size, end - start) for start in starts]
+        starts = range(first, min(first + stride, end), batches.size)
+        sizes = [min(batches.size, end - start) for start in starts]
         parts = [
-            rank_slice(start, size, rank, world_size, order.lanes)
+            rank_slice(start, size, batches.rank, batches.world_size, order.lanes)
             for start, size in zip(starts, sizes, strict=True)
         ]
         shards, rows = order.locate(np.concatenate(parts))
         cuts = np.cumsum([len(part) for part in parts])[:-1]
-        found = zip(starts, sizes, parts, np.split(shards, cuts), np.split(rows, cuts), strict=True)
-        for plan in found:
-            yield BatchPlan(*plan)
+        yield from map(BatchPlan, starts, sizes, parts, np.split(shards, cuts), np.split(rows, cuts))

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,12 +31,12 @@ from shards.format.records import MAX_SAMPLE_ID
 from shards.pixels.crops import Crops, FreshCrops, Showing, StoredCrops
 from shards.pixels.decode import DecodeConfig, Rejected, decode_config_of, decode_image
 from shards.pixels.views import decode_crop
-from shards.reader.disk_cache import CacheConfig, NodeCache
+from shards.reader.disk_cache import CacheConfig, DiskCache
 from shards.reader.figures import Telemetry
 from shards.reader.lookahead import Lookahead, PlannedBatch
-from shards.reader.open_shards import ShardCache, cached_tar, named_failures, record_type, shard_bytes
+from shards.reader.open_shards import OpenShards, cached_tar, named_failures, record_type, shard_bytes
 from shards.reader.order import (
-    BatchPlan,
+    Batches,
     Order,
     SampleOrder,
     batch_plans,
@@ -46,58 +44,10 @@ from shards.reader.order import (
     fitting_shape,
     view_of_epoch,
 )
+from shards.reader.workers import Workers
 
-FETCH_THREADS = 4
-"""Shards in flight; each holds a whole tar in memory while it is fetched."""
 CHUNK_SAMPLES = 32
 """Samples that a thread decodes at a time: 10 ms of crops, so that threads end a batch together."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batches:
-    """Which batches of which order a rank reads, and how far ahead it prepares them."""
-
-    size: int
-    """Samples of a batch, over all ranks."""
-    _: KW_ONLY
-    seed: int = 0
-    """Seed of the order, and of which view an epoch reads."""
-    rank: int = 0
-    world_size: int = 1
-    shuffle: bool = True
-    """False: positions are in the order of sample ids."""
-    drop_last: bool = True
-    """An epoch ends before the last N mod B samples; False: its last batch is short."""
-    lanes: int | None = None
-    """Lanes of the order; None takes the default, or fewer where the cache has no room for it. A run that may
-    resume keeps the lanes and the window that it began with."""
-    window: int | None = None
-    """Shards per window of the order; None as for the lanes."""
-    epochs: int = 0
-    """Epochs that will be read: near the end of each but the last, shards of the next are fetched."""
-    num_threads: int = 2
-    """Threads that decode; 0 decodes in the calling thread."""
-    prefetch: int = 2
-    """Batches that are prepared ahead; their shards are fetched before."""
-
-    @property
-    def num_ahead(self) -> int:
-        """Batches being filled while the consumer is busy with one."""
-        return self.prefetch if self.num_threads > 0 else 0
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or not 0 <= self.rank < self.world_size:
-            raise InputError(
-                f"batch size {self.size}, rank {self.rank} of {self.world_size} workers make no sense; "
-                "give at least one sample and ranks from 0"
-            )
-        if not 0 <= self.seed < 1 << 64:
-            raise InputError(f"seed {self.seed} does not fit 64 bits; give a number from 0 to 2^64 - 1")
-        if self.world_size > self.size:
-            raise InputError(
-                f"{self.world_size} workers share a global batch of {self.size}, so some would get nothing; "
-                "raise the batch size or lower the number of workers"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -153,7 +103,7 @@ class ShardReader:
         self.cache = CacheConfig() if cache is None else cache
         self.telemetry = Telemetry()
         self.num_samples = min(dataset.num_samples(view) for view in range(dataset.num_views))
-        self._workers: _Workers | None = None
+        self._workers: Workers | None = None
         self._check()
         self.image_size = _crop_size(dataset, crops)
         lanes, window = batches.lanes, batches.window
@@ -167,7 +117,8 @@ class ShardReader:
     @property
     def steps_per_epoch(self) -> int:
         """Batches of an epoch that starts at position 0."""
-        return self._num_steps(self.num_samples)
+        num_whole, rest = divmod(self.num_samples, self.settings.size)
+        return num_whole + (1 if rest and not self.settings.drop_last else 0)
 
     @property
     def num_dropped(self) -> int:
@@ -182,14 +133,13 @@ class ShardReader:
         """
         if epoch < 0 or position < 0:
             raise ValueError(f"epoch {epoch} and position {position} must not be negative")
-        view = view_of_epoch(self.dataset.num_views, self.settings.seed, epoch)
-        order = self._order(view, epoch)
+        view, order = self._order(epoch)
         if position > order.num_samples:
             raise InputError(
                 f"position {position} lies beyond the {order.num_samples} samples of {self.dataset.url}; "
                 "resume with the dataset that the run began with"
             )
-        return self._stream(order, view, epoch, position)
+        return self._stream(view, order, epoch, position)
 
     def begin(self, epoch: int = 0, position: int = 0) -> str:
         """What there is to read from a place on; InputError where this machine decodes differently.
@@ -199,8 +149,8 @@ class ShardReader:
         """
         datasets = self.dataset.datasets if isinstance(self.dataset, Corpus) else (self.dataset,)
         probed = sum(self._probe(dataset) for dataset in datasets)
-        view = view_of_epoch(self.dataset.num_views, self.settings.seed, epoch)
-        plan = next(self._plans(self._order(view, epoch), position), None)
+        view, order = self._order(epoch)
+        plan = next(batch_plans(order, position, self.settings), None)
         numbers = [] if plan is None else np.unique(plan.shards).tolist()
         total = int(shard_bytes(self.dataset, view)[numbers].sum())
         lines = [
@@ -210,11 +160,11 @@ class ShardReader:
             f"{len(numbers)} shards with {total / 1e6:,.1f} MB before the first batch",
         ]
         if self.dataset.is_remote:
-            node = NodeCache(self.cache)
+            disk = DiskCache(self.cache)
             tars = [cached_tar(self.dataset.shard(view, number)) for number in numbers]
-            held = sum(tar is not None and node.held(tar) for tar in tars)
+            num_here = sum(tar is not None and disk.has(tar) for tar in tars)
             lines.append(
-                f"{held} of them in {self.cache.place}, which may hold {self.cache.bytes / 1e9:,.1f} GB"
+                f"{num_here} of them in {self.cache.place}, which may hold {self.cache.bytes / 1e9:,.1f} GB"
             )
         return "; ".join(lines)
 
@@ -222,9 +172,7 @@ class ShardReader:
         """Stop all threads and forget open shards. Iterators in progress end with an error."""
         workers, self._workers = self._workers, None
         if workers is not None and workers.pid == os.getpid():
-            workers.planner.shutdown(wait=True, cancel_futures=True)
-            workers.decoders.shutdown(wait=True, cancel_futures=True)
-            workers.fetchers.shutdown(wait=True, cancel_futures=True)
+            workers.close()
 
     def __enter__(self) -> ShardReader:
         return self
@@ -253,33 +201,21 @@ class ShardReader:
                 "read the image dataset for other views"
             )
 
-    def _num_steps(self, num_samples: int) -> int:
-        whole, rest = divmod(num_samples, self.settings.size)
-        return whole + (1 if rest and not self.settings.drop_last else 0)
-
-    def _plans(self, order: Order | SampleOrder, position: int) -> Iterator[BatchPlan]:
-        return batch_plans(
-            order,
-            position,
-            self.settings.size,
-            rank=self.settings.rank,
-            world_size=self.settings.world_size,
-            drop_last=self.settings.drop_last,
-        )
-
-    def _order(self, view: int, epoch: int) -> Order | SampleOrder:
+    def _order(self, epoch: int) -> tuple[int, Order | SampleOrder]:
+        """The stored view that an epoch reads, and the order of its samples."""
+        view = view_of_epoch(self.dataset.num_views, self.settings.seed, epoch)
         sizes = self.dataset.shard_sizes(view)
         if not self.settings.shuffle:
-            return SampleOrder(sizes)
-        return Order(sizes, self.settings.seed, epoch, self.lanes, self.window)
+            return view, SampleOrder(sizes)
+        return view, Order(sizes, self.settings.seed, epoch, self.lanes, self.window)
 
     def _following(self, epoch: int) -> Iterator[tuple[int, int]]:
         """(view, number) of the shards with which the next epoch begins, in the order of need."""
         if not self.settings.shuffle or epoch + 1 >= self.settings.epochs:
             return
-        view = view_of_epoch(self.dataset.num_views, self.settings.seed, epoch + 1)
+        view, order = self._order(epoch + 1)
         seen: set[int] = set()
-        for plan in self._plans(self._order(view, epoch + 1), 0):
+        for plan in batch_plans(order, 0, self.settings):
             for number in np.unique(plan.shards).tolist():
                 if number not in seen:
                     seen.add(number)
@@ -289,15 +225,15 @@ class ShardReader:
         """How many images of the decode probe this rank decoded as the writer did."""
         decode: Callable[[bytes], np.ndarray] = decode_crop
         if dataset.kind == "images":
-            settings = self.crops.decode if isinstance(self.crops, FreshCrops) else None
-            decode = functools.partial(decode_image, config=settings or _prepared_decode(self.dataset))
+            config = self.crops.decode if isinstance(self.crops, FreshCrops) else None
+            decode = functools.partial(decode_image, config=config or _prepared_decode(self.dataset))
         probe = dataset.manifest.probe
         mine = probe[self.settings.rank :: self.settings.world_size] or probe[:1]
         for entry in mine:
             shard = dataset.shard(entry.view - dataset.manifest.first_view, entry.number)
             with named_failures(shard):
-                [found] = probe_shard(shard, [entry.row], decode)
-            if (found.key, found.sha256) != (entry.key, entry.sha256):
+                [decoded] = probe_shard(shard, [entry.row], decode)
+            if (decoded.key, decoded.sha256) != (entry.key, entry.sha256):
                 raise InputError(
                     f"sample {entry.key} of {shard.tar} decodes to other pixels here than where it was "
                     "written; install the library versions that its manifest names"
@@ -305,13 +241,13 @@ class ShardReader:
         return len(mine)
 
     def _stream(
-        self, order: Order | SampleOrder, view: int, epoch: int, position: int
+        self, view: int, order: Order | SampleOrder, epoch: int, position: int
     ) -> Iterator[SampleBatch]:
         """Batches in order, with `prefetch` more being filled while the consumer is busy with one."""
         workers = self._started()
         plans = Lookahead(
-            self._plans(order, position),
-            workers.cache,
+            batch_plans(order, position, self.settings),
+            workers.shards,
             view,
             num_shards=self.dataset.num_shards,
             max_bytes=self._open_bytes(),
@@ -340,8 +276,13 @@ class ShardReader:
             raise RuntimeError("the reader was closed while a batch was being read") from None
         finally:
             for future in ahead:
-                if not future.cancel() and future.exception() is None and (begun := future.result()):
-                    begun.cancel()
+                if not future.cancel() and future.exception() is None and (pending := future.result()):
+                    pending.cancel()
+
+    def _drawn_view(self, epoch: int) -> int:
+        """Index of the views that fresh crops show in an epoch."""
+        num_views = self.crops.policy.views_per_image if isinstance(self.crops, FreshCrops) else 0
+        return view_of_epoch(num_views, self.settings.seed, epoch) if num_views > 0 else epoch
 
     def _open_bytes(self) -> int:
         """Tar bytes that this rank keeps open: its lanes' part of the cache, all where there is one lane."""
@@ -349,40 +290,27 @@ class ShardReader:
             return self.cache.bytes
         return self.cache.bytes // min(self.settings.world_size, self.lanes)
 
-    def _started(self) -> _Workers:
+    def _started(self) -> Workers:
         """The threads of this process: those of a parent do not survive a fork."""
         if self._workers is None or self._workers.pid != os.getpid():
-
-            def threads(number: int, name: str) -> Executor:
-                return (
-                    ThreadPoolExecutor(number, name) if self.settings.num_threads > 0 else _InlineExecutor()
-                )
-
-            fetchers = threads(FETCH_THREADS, "shard-fetch")
-            cache = ShardCache(
-                self.dataset, fetchers, self._open_bytes(), NodeCache(self.cache), self.telemetry
-            )
-            self._workers = _Workers(
-                pid=os.getpid(),
-                planner=threads(1, "shard-plan"),
-                fetchers=fetchers,
-                decoders=threads(self.settings.num_threads, "shard-decode"),
-                cache=cache,
-                record_type=record_type(self.dataset),
-                buffers=_Buffers(self.settings.num_ahead + 3),
+            self._workers = Workers(
+                self.settings.num_threads,
+                self.settings.num_ahead + 3,
+                lambda fetchers: OpenShards(
+                    self.dataset, fetchers, self._open_bytes(), DiskCache(self.cache), self.telemetry
+                ),
             )
         return self._workers
 
-    def _begin(self, workers: _Workers, planned: PlannedBatch, view: int, epoch: int) -> _PendingBatch:
+    def _begin(self, workers: Workers, planned: PlannedBatch, view: int, epoch: int) -> _PendingBatch:
         """Have the batch's samples decoded into place, a few at a time."""
-        plan, size = planned.plan, len(planned.plan.positions)
-        side, decoded = self.image_size, self.crops is not None
-        records = np.empty(size, workers.record_type)
+        plan, size, side = planned.plan, len(planned.plan.positions), self.image_size
+        records = np.empty(size, record_type(self.dataset))
         batch = SampleBatch(
             view=self.dataset.manifest.first_view + view,
             sample_ids=records["sample_id"],
             pixels=workers.buffers.take((size, side, side, 3)),
-            encoded=[] if decoded else [memoryview(b"")] * size,
+            encoded=[memoryview(b"")] * (size if self.crops is None else 0),
             codes=records["codes"] if self.dataset.kind == "tokens" else None,
             labels=records["label"],
             positions=plan.positions,
@@ -390,78 +318,51 @@ class ShardReader:
             next_position=plan.position + plan.global_size,
             global_size=plan.global_size,
         )
-        chunk = CHUNK_SAMPLES if decoded else max(size, 1)
-        chunks = [
-            workers.decoders.submit(
-                self._fill, batch, records, planned, epoch, start, min(start + chunk, size)
-            )
-            for start in range(0, size, chunk)
-        ]
-        return _PendingBatch(batch, planned, chunks)
+        pending = _PendingBatch(batch, planned, records, epoch, self._drawn_view(epoch))
+        chunk = CHUNK_SAMPLES if self.crops is not None else max(size, 1)
+        for start in range(0, size, chunk):
+            part = range(start, min(start + chunk, size))
+            pending.chunks.append(workers.decoders.submit(self._fill, pending, part))
+        return pending
 
-    def _fill(
-        self,
-        batch: SampleBatch,
-        records: np.ndarray,
-        planned: PlannedBatch,
-        epoch: int,
-        start: int,
-        end: int,
-    ) -> None:
+    def _fill(self, pending: _PendingBatch, places: range) -> None:
         """Fill some places of a batch. Waits for shards, which threads of their own open: no deadlock."""
-        began = time.perf_counter()
-        numbers, rows = planned.plan.shards[start:end].tolist(), planned.plan.rows[start:end].tolist()
-        shards = {number: planned.shards[number].open() for number in set(numbers)}
+        began, batch, plan = time.perf_counter(), pending.batch, pending.planned.plan
+        part = slice(places.start, places.stop)
+        numbers, rows = plan.shards[part].tolist(), plan.rows[part].tolist()
+        shards = {number: pending.planned.shards[number].open() for number in set(numbers)}
         opened = time.perf_counter()
         # Everything but decoding first: after each image, which fills the processor's caches, it would cost
         # several times as much.
         images: list[memoryview] = []
-        for place, number, row in zip(range(start, end), numbers, rows, strict=True):
+        for place, number, row in zip(places, numbers, rows, strict=True):
             shard = shards[number]
             images.append(shard.image(row))
-            records[place] = shard.records[row]
+            pending.records[place] = shard.records[row]
         if self.crops is None:
-            batch.encoded[start:end] = images
+            batch.encoded[part] = images
         else:
-            self._decode(self.crops, batch, planned, epoch, start, images)
+            for place, number, image in zip(places, numbers, images, strict=True):
+                self._decode(self.crops, pending, place, image, shards[number].info.tar)
         self.telemetry.decoded(time.perf_counter() - opened, opened - began)
 
-    def _decode(
-        self,
-        crops: Crops,
-        batch: SampleBatch,
-        planned: PlannedBatch,
-        epoch: int,
-        start: int,
-        images: list[memoryview],
-    ) -> None:
-        """Fill the pixels of the places from `start` on."""
-
-        def named(place: int) -> str:
-            key = namespaced_key(int(batch.sample_ids[place]), batch.view)
-            return f"sample {key} of {planned.shards[int(planned.plan.shards[place])].open().info.tar}"
-
-        view, out = self._drawn_view(epoch), batch.pixels
-        for place, image in enumerate(images, start):
-            sample_id = int(batch.sample_ids[place])
-            showing = Showing(sample_id=sample_id, own_id=sample_id % MAX_SAMPLE_ID, view=view, epoch=epoch)
-            try:
-                shape = crops.fill(out[place], image, showing)
-            except (Rejected, ValueError) as error:
-                raise InputError(
-                    f"{named(place)} cannot be decoded ({error}); "
-                    "verify the dataset, and decode with the settings it was prepared with"
-                ) from None
-            if shape != out.shape[1:]:
-                raise InputError(
-                    f"{named(place)} is {shape[1]} x {shape[0]} pixels, not "
-                    f"{self.image_size} x {self.image_size} as the manifest says; verify the dataset"
-                )
-
-    def _drawn_view(self, epoch: int) -> int:
-        """Index of the views that fresh crops show in an epoch."""
-        num_views = self.crops.policy.views_per_image if isinstance(self.crops, FreshCrops) else 0
-        return view_of_epoch(num_views, self.settings.seed, epoch) if num_views > 0 else epoch
+    def _decode(self, crops: Crops, pending: _PendingBatch, place: int, image: memoryview, tar: str) -> None:
+        """Fill the pixels of one place."""
+        batch, sample_id = pending.batch, int(pending.batch.sample_ids[place])
+        out, side = batch.pixels[place], self.image_size
+        showing = Showing(sample_id, sample_id % MAX_SAMPLE_ID, pending.drawn_view, pending.epoch)
+        try:
+            shape = crops.fill(out, image, showing)
+        except (Rejected, ValueError) as error:
+            raise InputError(
+                f"sample {namespaced_key(sample_id, batch.view)} of {tar} cannot be decoded ({error}); "
+                "verify the dataset, and decode with the settings it was prepared with"
+            ) from None
+        if shape != out.shape:
+            raise InputError(
+                f"sample {namespaced_key(sample_id, batch.view)} of {tar} is {shape[1]} x {shape[0]} pixels, "
+                f"not {side} x {side} as the manifest says; verify the dataset"
+            )
 
 
 def order_shape(dataset: Dataset, cache: CacheConfig) -> tuple[int, int]:
@@ -487,7 +388,12 @@ class _PendingBatch:
 
     batch: SampleBatch
     planned: PlannedBatch
-    chunks: list[Future[None]]
+    records: np.ndarray
+    """Of `record_type`, [b]; the batch's ids, labels and codes are its fields."""
+    epoch: int
+    drawn_view: int
+    """Index of the view that fresh crops show."""
+    chunks: list[Future[None]] = field(default_factory=list)
 
     def finished(self) -> SampleBatch:
         try:
@@ -501,64 +407,6 @@ class _PendingBatch:
     def cancel(self) -> None:
         for chunk in self.chunks:
             chunk.cancel()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Workers:
-    """What lives in one process only."""
-
-    pid: int
-    planner: Executor
-    """One thread, so that planning and asking for shards cost the consumer nothing."""
-    fetchers: Executor
-    decoders: Executor
-    cache: ShardCache
-    record_type: np.dtype[np.void]
-    buffers: _Buffers
-
-
-class _Buffers:
-    """Pixel arrays of batches, taken again once nobody refers to them: touching new memory is not free.
-
-    Every view of an array, a torch tensor's too, refers to its owner: a batch that is kept never changes.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._owners: list[np.ndarray] = []
-
-    def take(self, shape: tuple[int, ...]) -> np.ndarray:
-        """An array of any content, which nothing else refers to."""
-        size = math.prod(shape)
-        for place in range(len(self._owners)):
-            if _references(self._owners, place) == _NO_OTHER:
-                if len(self._owners[place]) < size:
-                    self._owners[place] = np.empty(size, np.uint8)
-                return self._owners[place][:size].reshape(shape)
-        owner = np.empty(size, np.uint8)
-        if len(self._owners) < self._most:
-            self._owners.append(owner)
-        return owner.reshape(shape)
-
-
-def _references(objects: list[np.ndarray], place: int) -> int:
-    return sys.getrefcount(objects[place])
-
-
-_NO_OTHER = _references([np.empty(0)], 0)
-"""References to what is in a list and nowhere else, as they are counted here."""
-
-
-class _InlineExecutor(Executor):
-    """Runs everything at once in the calling thread."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
 
 
 def _prepared_decode(dataset: Dataset) -> DecodeConfig:

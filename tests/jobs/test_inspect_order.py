@@ -134,12 +134,13 @@ def test_it_prints_what_the_reader_reads(tokens: str, capsys: pytest.CaptureFixt
             assert steps_of(capsys, config) == [batch.keys for batch in reader.batches(1, 11)][:3]
 
 
-def test_text_says_how_well_it_mixes(tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_says_the_order_and_a_subset_is_followed(
+    tokens: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(InspectOrderConfig(dataset=tokens, global_batch=20, world_size=2, steps=2, lanes=2, window=1))
     said = capsys.readouterr().out
-    for part in ("position 20: 00000", "2 lanes of 1 shards", "the last 18 positions", "times per epoch"):
+    for part in ("position 20: 00000", "2 lanes of 1 shards", "the last 18 positions"):
         assert part in said
-    assert "labels of a twentieth" in said and "of 7 shards" in said
     (tmp_path / "ids").write_text("3\n4\n40\n")
     subset = SubsetConfig(ids=str(tmp_path / "ids"))
     found = steps_of(capsys, InspectOrderConfig(dataset=tokens, global_batch=3, subset=subset))

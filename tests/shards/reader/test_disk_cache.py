@@ -17,7 +17,7 @@ import pytest
 from pipeline.artifacts import sha256_hex
 from pipeline.errors import InputError
 from shards.reader import disk_cache as node_cache
-from shards.reader.disk_cache import CacheConfig, CachedObject, MappedFile, NodeCache
+from shards.reader.disk_cache import CacheConfig, CachedObject, DiskCache, MappedFile
 
 
 def content(number: int, size: int = 1000) -> bytes:
@@ -28,7 +28,7 @@ def wanted(number: int, size: int = 1000) -> CachedObject:
     return CachedObject(name=sha256_hex(content(number, size)), bytes=size, what=f"object {number}")
 
 
-def get(cache: NodeCache, number: int, size: int = 1000) -> MappedFile:
+def get(cache: DiskCache, number: int, size: int = 1000) -> MappedFile:
     return cache.open(wanted(number, size), lambda: content(number, size))
 
 
@@ -42,11 +42,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make_cache(folder: Path) -> Callable[[int], NodeCache]:
-    return lambda max_bytes: NodeCache(CacheConfig(folder=str(folder), bytes=max_bytes))
+def make_cache(folder: Path) -> Callable[[int], DiskCache]:
+    return lambda max_bytes: DiskCache(CacheConfig(folder=str(folder), bytes=max_bytes))
 
 
-def test_many_threads_fetch_an_object_once(make_cache: Callable[[int], NodeCache]) -> None:
+def test_many_threads_fetch_an_object_once(make_cache: Callable[[int], DiskCache]) -> None:
     fetched: list[int] = []
     together = threading.Barrier(6)
 
@@ -69,7 +69,7 @@ def _read_in_child(folder: str, log: str) -> None:
             file.write("fetched\n")
         return content(3)
 
-    cache = NodeCache(CacheConfig(folder=folder, bytes=10_000))
+    cache = DiskCache(CacheConfig(folder=folder, bytes=10_000))
     os._exit(0 if bytes(cache.open(wanted(3), fetch).payload) == content(3) else 1)
 
 
@@ -86,7 +86,7 @@ def test_processes_of_a_node_share_a_fetch(folder: Path, tmp_path: Path) -> None
 
 
 def test_what_was_used_longest_ago_goes_first_and_the_bound_holds(
-    make_cache: Callable[[int], NodeCache], folder: Path
+    make_cache: Callable[[int], DiskCache], folder: Path
 ) -> None:
     cache = make_cache(3000)
     for number in (1, 2, 3):
@@ -96,11 +96,11 @@ def test_what_was_used_longest_ago_goes_first_and_the_bound_holds(
     assert kept(folder) == {wanted(number).name for number in (1, 3, 4)}
     get(cache, 5, 2500)
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 3000
-    assert cache.held(wanted(5, 2500)) and not cache.held(wanted(4))
+    assert cache.has(wanted(5, 2500)) and not cache.has(wanted(4))
 
 
 def test_what_is_read_is_never_removed(
-    make_cache: Callable[[int], NodeCache], folder: Path, monkeypatch: pytest.MonkeyPatch
+    make_cache: Callable[[int], DiskCache], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(node_cache, "ROOM_WAIT_S", 0.2)
     cache = make_cache(2000)
@@ -114,7 +114,7 @@ def test_what_is_read_is_never_removed(
     assert bytes(second.payload) == content(2)
 
 
-def test_room_is_waited_for(make_cache: Callable[[int], NodeCache]) -> None:
+def test_room_is_waited_for(make_cache: Callable[[int], DiskCache]) -> None:
     cache, held = make_cache(1000), []
     held.append(get(cache, 1))
     timer = threading.Timer(0.2, held.clear)
@@ -124,7 +124,7 @@ def test_room_is_waited_for(make_cache: Callable[[int], NodeCache]) -> None:
 
 
 def test_a_download_that_a_killed_process_left_is_removed(
-    make_cache: Callable[[int], NodeCache], folder: Path
+    make_cache: Callable[[int], DiskCache], folder: Path
 ) -> None:
     folder.mkdir()
     (folder / f".{wanted(1).name[:32]}.99.abcd.partial").write_bytes(bytes(900))
@@ -132,7 +132,7 @@ def test_a_download_that_a_killed_process_left_is_removed(
     assert kept(folder) == {wanted(1).name}
 
 
-def test_a_failed_fetch_leaves_nothing(make_cache: Callable[[int], NodeCache], folder: Path) -> None:
+def test_a_failed_fetch_leaves_nothing(make_cache: Callable[[int], DiskCache], folder: Path) -> None:
     def fail() -> bytes:
         raise ConnectionError("gone")
 
@@ -145,7 +145,7 @@ def test_a_failed_fetch_leaves_nothing(make_cache: Callable[[int], NodeCache], f
 
 @pytest.mark.parametrize("where", ["posix_fallocate", "pwrite"])
 def test_a_full_disk_is_named_and_leaves_nothing(
-    make_cache: Callable[[int], NodeCache], folder: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    make_cache: Callable[[int], DiskCache], folder: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -158,11 +158,11 @@ def test_a_full_disk_is_named_and_leaves_nothing(
     assert kept(folder) == set()
 
 
-def test_a_cut_or_damaged_file_is_not_served(make_cache: Callable[[int], NodeCache], folder: Path) -> None:
+def test_a_cut_or_damaged_file_is_not_served(make_cache: Callable[[int], DiskCache], folder: Path) -> None:
     cache = make_cache(5000)
     get(cache, 1)
     (folder / wanted(1).name).write_bytes(b"short")
-    assert not cache.held(wanted(1))
+    assert not cache.has(wanted(1))
     found = get(cache, 1)
     assert not found.was_here and bytes(found.payload) == content(1)
     cache.drop(wanted(1))
@@ -171,7 +171,7 @@ def test_a_cut_or_damaged_file_is_not_served(make_cache: Callable[[int], NodeCac
 
 
 def test_identity_changes_with_the_file_not_with_its_use(
-    make_cache: Callable[[int], NodeCache], folder: Path
+    make_cache: Callable[[int], DiskCache], folder: Path
 ) -> None:
     cache = make_cache(5000)
     first, again = get(cache, 1).identity, get(cache, 1).identity
@@ -183,7 +183,7 @@ def test_identity_changes_with_the_file_not_with_its_use(
     assert get(cache, 1).identity != first
 
 
-def test_wrong_settings_are_named(tmp_path: Path, make_cache: Callable[[int], NodeCache]) -> None:
+def test_wrong_settings_are_named(tmp_path: Path, make_cache: Callable[[int], DiskCache]) -> None:
     with pytest.raises(InputError, match=r"object 1 has 1,000 bytes, cache\.bytes is 999"):
         get(make_cache(999), 1)
     with pytest.raises(InputError, match=r"cache\.bytes is 0"):
@@ -192,4 +192,4 @@ def test_wrong_settings_are_named(tmp_path: Path, make_cache: Callable[[int], No
         CacheConfig(folder="s3://bucket/cache")
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match=r"cannot make the cache folder .*another --cache\.folder"):
-        get(NodeCache(CacheConfig(folder=str(tmp_path / "file"))), 1)
+        get(DiskCache(CacheConfig(folder=str(tmp_path / "file"))), 1)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.reader.lookahead import Lookahead, PlannedBatch
-from shards.reader.order import AHEAD_SHARDS, Order, batch_plans
+from shards.reader.order import AHEAD_SHARDS, Batches, Order, batch_plans
 
 
 class FakeCache:
@@ -41,7 +41,7 @@ class FakeCache:
 
 def look(cache: FakeCache, order: Order, batch_size: int, **how: Any) -> Lookahead:
     settings = {"num_shards": order.num_shards, "max_bytes": 10_000, "following": iter(()), **how}
-    return Lookahead(batch_plans(order, 0, batch_size), cache, 3, **settings)  # type: ignore[arg-type]
+    return Lookahead(batch_plans(order, 0, Batches(batch_size)), cache, 3, **settings)  # type: ignore[arg-type]
 
 
 def consumed(plans: Lookahead) -> list[PlannedBatch]:
@@ -68,7 +68,7 @@ def test_every_plan_comes_once_with_its_shards(
 ) -> None:
     order = Order(sizes, 1, 2, lanes, 1)
     cache = FakeCache(at_once)
-    expected = list(batch_plans(order, 0, batch_size))
+    expected = list(batch_plans(order, 0, Batches(batch_size)))
     found = consumed(look(cache, order, batch_size, max_bytes=max_bytes))
     assert [planned.plan.position for planned in found] == [plan.position for plan in expected]
     for planned, plan in zip(found, expected, strict=True):

@@ -14,7 +14,7 @@ import pytest
 from pipeline.errors import InputError
 from shards.dataset import dataset as dataset_module
 from shards.dataset.dataset import Dataset, open_dataset
-from shards.reader.open_shards import ShardCache
+from shards.reader.open_shards import OpenShards
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_many_threads_open_a_shard_once(dataset: Dataset, opened: list[str]) -> None:
     with ThreadPoolExecutor(2) as fetchers, ThreadPoolExecutor(8) as askers:
-        shards = ShardCache(dataset, fetchers, max_bytes=1 << 30)
+        shards = OpenShards(dataset, fetchers, max_bytes=1 << 30)
         together = threading.Barrier(8)
 
         def ask() -> Any:
@@ -55,7 +55,7 @@ def test_many_threads_open_a_shard_once(dataset: Dataset, opened: list[str]) -> 
 def test_the_shard_used_longest_ago_is_dropped(dataset: Dataset, opened: list[str]) -> None:
     sizes = [dataset.shard(0, number).tar_bytes for number in range(3)]
     with ThreadPoolExecutor(1) as fetchers:
-        shards = ShardCache(dataset, fetchers, max_bytes=sizes[0] + max(sizes[1:]))
+        shards = OpenShards(dataset, fetchers, max_bytes=sizes[0] + max(sizes[1:]))
         first = shards.get(0, 0).result()
         for number in (1, 0, 2, 0, 1):
             shards.get(0, number).result()
@@ -67,7 +67,7 @@ def test_a_failure_is_not_remembered(dataset: Dataset) -> None:
     tar = Path(dataset.shard(0, 0).tar)
     good = tar.read_bytes()
     with ThreadPoolExecutor(1) as fetchers:
-        shards = ShardCache(dataset, fetchers, max_bytes=1 << 30)
+        shards = OpenShards(dataset, fetchers, max_bytes=1 << 30)
         tar.write_bytes(good[:-1] + b"!")
         with pytest.raises(InputError, match="damaged"):
             shards.get(0, 0).result()
@@ -78,7 +78,7 @@ def test_a_failure_is_not_remembered(dataset: Dataset) -> None:
 def test_a_tar_that_changed_after_its_first_use_is_checked_again(dataset: Dataset) -> None:
     tar = Path(dataset.shard(0, 0).tar)
     with ThreadPoolExecutor(1) as fetchers:
-        shards = ShardCache(dataset, fetchers, max_bytes=1)
+        shards = OpenShards(dataset, fetchers, max_bytes=1)
         shards.get(0, 0).result()
         replaced = tar.with_suffix(".new")
         replaced.write_bytes(tar.read_bytes()[:-1] + b"!")

@@ -35,7 +35,8 @@ from shards.pixels.views import (
 from shards.reader import open_shards as cache
 from shards.reader.disk_cache import CacheConfig
 from shards.reader.order import Order, view_of_epoch
-from shards.reader.reader import Batches, SampleBatch, ShardReader, _Buffers
+from shards.reader.reader import Batches, SampleBatch, ShardReader
+from shards.reader.workers import Buffers
 from shards.writer.commit import Plan, commit, finish, pending, start
 
 SIZE = 16
@@ -547,7 +548,7 @@ def test_what_is_kept_of_a_batch_never_changes(
 
 
 def test_memory_is_taken_again_once_nothing_refers_to_it() -> None:
-    buffers = _Buffers(most=2)
+    buffers = Buffers(most=2)
     first, second = buffers.take((2, 3)), buffers.take((4, 5))
     places = [first.ctypes.data, second.ctypes.data]
     part = memoryview(first)[1:]
