@@ -6,7 +6,8 @@ python -m jobs.finetune_classifier --backbone runs/backbone --train runs/train -
 from __future__ import annotations
 
 from pipeline.config import run_job
-from pretrain.finetune.train import FinetuneConfig, finetune_classifier
+from pretrain.finetune.config import FinetuneConfig
+from pretrain.finetune.train import finetune_classifier
 
 if __name__ == "__main__":
     run_job(finetune_classifier, FinetuneConfig)

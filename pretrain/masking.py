@@ -1,17 +1,16 @@
 """Block-wise masks (paper §2.3, as in BEiT): which patches the student must guess.
 
-`block_mask` is the scalar procedure, driven by the caller's random generators; `block_masks` draws the same
-distribution for a whole batch, as a pure function of (seed, epoch, position), and is what training uses.
+`block_masks` draws them for a whole batch, as a pure function of (seed, epoch, position).
 """
 
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.draws import SPLITMIX_STEP, splitmix
 from pipeline.errors import InputError
 
 NUM_TRIES = 10  # proposals per block before the procedure gives up and tops up with single patches
@@ -20,7 +19,6 @@ NUM_TRIES = 10  # proposals per block before the procedure gives up and tops up 
 _MASKED_SHARE = 75 / 196
 _MIN_BLOCK_SHARE = 16 / 196
 
-_GAMMA = 0x9E3779B97F4A7C15  # SplitMix64's increment: words of one stream lie this far apart
 _TOP_UP_WORD = 1 << 32  # words from here on choose the single patches; blocks use far fewer
 _WORD_BITS = 64
 
@@ -85,37 +83,6 @@ class BlockMasks:
     mask: np.ndarray
     num_blocks: np.ndarray
     num_single: np.ndarray
-
-
-def block_mask(spec: MaskSpec, draws: random.Random, single_draws: np.random.RandomState) -> np.ndarray:
-    """One mask [height, width] bool by the official procedure, slow and plain; measures `block_masks`.
-
-    Consumes `draws` (area, aspect, top, left per proposal) and `single_draws` (the top-up) in the official
-    order, so that generators seeded alike give the official masks (reference.md §4).
-    """
-    mask = np.zeros((spec.height, spec.width), dtype=bool)
-    log_low, log_high = math.log(spec.aspect[0]), math.log(spec.aspect[1])
-    while (room := spec.num_masked - int(mask.sum())) > 0:
-        for _ in range(NUM_TRIES):
-            # When room < min_block this draws between the two: the blocks then overlap or are refused.
-            area = draws.uniform(spec.min_block, room)
-            ratio = math.exp(draws.uniform(log_low, log_high))
-            height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if height >= spec.height or width >= spec.width:
-                continue
-            top = draws.randint(0, spec.height - height)
-            left = draws.randint(0, spec.width - width)
-            block = mask[top : top + height, left : left + width]
-            if 0 < block.size - int(block.sum()) <= room:
-                block[:] = True
-                break
-        else:
-            break
-    if room > 0:
-        rows, columns = np.nonzero(~mask)
-        chosen = single_draws.choice(len(rows), room, replace=False)
-        mask[rows[chosen], columns[chosen]] = True
-    return mask
 
 
 def block_masks(
@@ -222,9 +189,9 @@ def _top_up(mask: np.ndarray, room: np.ndarray, streams: np.ndarray) -> None:
 
 def _streams(positions: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
     """A 64-bit stream key per position [B] uint64, hashed from (seed, epoch, position) one after another."""
-    key = _mix(np.array([seed % 2**64], dtype=np.uint64))
-    key = _mix(key + np.uint64(epoch % 2**64))
-    return _mix(key + positions.astype(np.uint64))
+    key = splitmix(np.array([seed % 2**64], dtype=np.uint64))
+    key = splitmix(key + np.uint64(epoch % 2**64))
+    return splitmix(key + positions.astype(np.uint64))
 
 
 def _words(streams: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -232,11 +199,4 @@ def _words(streams: np.ndarray, index: np.ndarray) -> np.ndarray:
 
     numpy's Philox has the same property but one object per stream, which costs more than the mask itself.
     """
-    return _mix(streams + (index + np.uint64(1)) * np.uint64(_GAMMA))
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014), elementwise on uint64; arithmetic wraps."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return splitmix(streams + (index + np.uint64(1)) * np.uint64(SPLITMIX_STEP))

@@ -20,8 +20,8 @@ from pipeline.config import parse, to_dict
 from pipeline.errors import InputError
 from pretrain.evals.probe import ProbeConfig
 from pretrain.evals.robustness import RobustnessConfig
-from pretrain.finetune.train import FinetuneConfig
-from pretrain.segment.train import SegmentationConfig
+from pretrain.finetune.config import FinetuneConfig
+from pretrain.segment.config import SegmentationConfig
 from pretrain.train import PretrainConfig
 from shards.writer.prepare import PrepareConfig
 from tokenizer.precompute.config import PrecomputeConfig

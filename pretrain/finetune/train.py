@@ -8,10 +8,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -19,22 +18,17 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.artifacts import read_header
 from pipeline.cluster.training import run_training
-from pipeline.config import ASIDE, PLACE, PLACES, absolute_places
-from pipeline.errors import InputError
+from pipeline.config import absolute_places
 from pipeline.training.checkpoints import TrainState
-from pipeline.training.config import TrainingConfig, claim_output
+from pipeline.training.config import claim_output
 from pipeline.training.journal import Journal
 from pipeline.training.metrics import Progress
-from pipeline.training.optim import (
-    OptimConfig,
-    autocast,
-    cosine_schedule,
-    grad_scaler,
-    resolve_precision,
-)
+from pipeline.training.optim import autocast, cosine_schedule, grad_scaler, resolve_precision
 from pipeline.training.step import require_finite, synchronized, to_device
 from pipeline.training.worker import Worker
-from pretrain.finetune.augment import AugmentConfig, MixedBatch, RandAugment, erase_each, mix_batch
+from pretrain.finetune.augment import MixedBatch, RandAugment, erase_each, mix_batch
+from pretrain.finetune.config import FinetuneConfig
+from pretrain.finetune.labels import Labels, check_labels
 from pretrain.finetune.layer_decay import layerwise_groups, set_layerwise_lr
 from pretrain.finetune.start import (
     Goal,
@@ -46,101 +40,19 @@ from pretrain.finetune.start import (
     save_finetuned,
 )
 from pretrain.model.artifacts import CLASSIFIER
-from pretrain.model.backbone import BackboneSize
-from pretrain.model.classifier import Pooling
-from shards.dataset.corpus import SubsetConfig, open_corpus
+from shards.dataset.corpus import open_corpus
 from shards.dataset.dataset import Dataset, open_dataset
-from shards.dataset.labels import UNLABELLED, read_labels, translate_labels
+from shards.dataset.labels import translate_labels
 from shards.pixels.crops import FreshCrops
 from shards.pixels.views import CENTER_FRACTION, ViewPolicy
 from shards.reader.reader import Batches, SampleBatch, ShardReader
-from tokenizer.model.teacher import TeacherConfig, with_absolute_weights
+from tokenizer.model.teacher import with_absolute_weights
 
 TOP_K = 5
 LAST = "last"
 """Folder, in the output, of the classifier as it was after the last epoch."""
 
 _UNCROPPED_FROM = 384  # pixels a side
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainingConfig):
-    """Fine-tune a pretrained backbone on labelled images. Defaults: base model, 300 epochs (Table 10).
-
-    Train and val are image shards with labels. The result, the best of all epochs on val, is a classifier
-    artifact, and may itself be the --backbone of another run (intermediate fine-tuning). A killed run started
-    again with the same settings goes on from its last checkpoint; a finished one is left alone.
-    """
-
-    train: str = field(metadata=PLACES)
-    """Image shards to train on, an output of prepare_images; several with commas between them."""
-    subset: SubsetConfig = field(default=SubsetConfig(), metadata=ASIDE)
-    """Part of the images of train instead of all: some classes, or a frozen list."""
-    output: str = field(metadata=PLACE)
-    """Where the classifier goes: a folder or any fsspec URL; last/ in it is that of the last epoch."""
-    val: str | None = field(default=None, metadata=PLACE)
-    """Image shards the accuracy is measured on after each epoch; null: none, the last epoch is the result."""
-    init: Literal["backbone", "scratch", "tokenizer", "teacher"] = "backbone"
-    """What it starts from: a pretrained backbone or classifier, chance, the encoder of a visual tokenizer, or
-    a teacher's own network (Table 6)."""
-    backbone: str | None = field(default=None, metadata=PLACE)
-    """With init backbone: an output of pretrain_mim or finetune_classifier."""
-    tokenizer: str | None = field(default=None, metadata=PLACE)
-    """With init tokenizer: an output of train_tokenizer."""
-    teacher: TeacherConfig = TeacherConfig()
-    """With init teacher: a network of timm or open_clip and its weights."""
-    scratch: BackboneSize = BackboneSize()
-    """With init scratch: the shape."""
-    patch_size: int = 16
-    """With init scratch or teacher: pixels a side of a patch."""
-    image_size: int | None = None
-    """Pixels a side of what the model sees, a multiple of the patch size; null: as in pretraining, or 224."""
-    pooling: Pooling = "mean"
-    """mean: a new norm of the mean of the patches, as published; cls: [CLS] after the pretrained norm."""
-    new_head: bool = False
-    """Start with a fresh head where a classifier is fine-tuned on as many classes as it has."""
-    head_init_scale: float = 0.001
-    """Factor on the first weights of a fresh head."""
-    drop_path: float = 0.1
-    """Stochastic depth of the last block."""
-    layer_decay: float = 0.65
-    """Factor on the learning rate from one block to the block below it."""
-    views: ViewPolicy = ViewPolicy(scale=(0.08, 1.0), views_per_image=0)
-    """Crops to train on; a new one of every image in every epoch."""
-    augment: AugmentConfig = AugmentConfig()
-    """What then happens to crops and labels."""
-    center_fraction: float | None = None
-    """Side of the evaluation crop over the shorter side of the image; null: 0.875 below 384 pixels, 1 from
-    there."""
-    optim: OptimConfig = OptimConfig(peak_lr=5e-4, min_lr=1e-6, warmup_epochs=20.0, clip_grad_norm=None)
-    """AdamW and its schedule; the learning rate is the head's."""
-    epochs: int = 100
-    """Passes over the training images."""
-    batch_size: int = 1024
-
-    def __post_init__(self) -> None:
-        self.require_positive("epochs", "batch_size", "log_every_steps")
-        if not 0.0 < self.layer_decay <= 1.0:
-            raise InputError(f"layer_decay is {self.layer_decay}; give more than 0, at most 1")
-        if self.center_fraction is not None and not 0.0 < self.center_fraction <= 1.0:
-            raise InputError(f"center_fraction is {self.center_fraction}; give more than 0, at most 1")
-        places = {"backbone": self.backbone, "tokenizer": self.tokenizer}
-        for name, place in places.items():
-            if (self.init == name) != (place is not None):
-                raise InputError(
-                    f"init is {self.init}, and --{name} is {place or 'not given'}; give --{name} with init "
-                    f"{name}, and with no other"
-                )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Labels:
-    """The classes that are told apart, and what val calls them."""
-
-    num_classes: int
-    class_names: tuple[str, ...] | None
-    """By label in the training images; None where they have none."""
-    val_class_names: tuple[str, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,48 +286,6 @@ def open_splits(config: FinetuneConfig) -> tuple[Dataset, Dataset | None]:
     """The training and the validation images; InputError for one that is not there."""
     train = open_corpus(config.train, "images", subset=config.subset)
     return train, None if config.val is None else open_dataset(config.val, "images")
-
-
-def check_labels(train: Dataset, val: Dataset | None) -> Labels:
-    """The classes of the training images, after a look at all labels of both.
-
-    InputError for an empty dataset, an image without a label, a label that is out of range, and a class that
-    only val has.
-    """
-    names = train.manifest.class_names
-    found = _labels(train)
-    num_classes = int(found.max()) + 1 if names is None else len(names)
-    _check_range(train, found, num_classes)
-    if num_classes < 2:
-        raise InputError(f"all images of {train.url} are of one class; there is nothing to learn")
-    val_names = None if val is None else val.manifest.class_names
-    if val is not None:
-        found = _labels(val)
-        _check_range(val, found, num_classes if names is None or val_names is None else len(val_names))
-        translate_labels(found, val_names, names)
-    return Labels(num_classes=num_classes, class_names=names, val_class_names=val_names)
-
-
-def _labels(dataset: Dataset) -> np.ndarray:
-    """A label int64 [N] for every image, of which there is at least one, or InputError."""
-    found = read_labels(dataset)
-    if not len(found):
-        raise InputError(f"{dataset.url} holds no images; prepare it from a folder that has some")
-    if missing := int((found == UNLABELLED).sum()):
-        raise InputError(
-            f"{missing:,} of the {len(found):,} images of {dataset.url} have no label; prepare them from "
-            "class folders, or leave them out"
-        )
-    return found
-
-
-def _check_range(dataset: Dataset, labels: np.ndarray, num_classes: int) -> None:
-    for label in (int(labels.min()), int(labels.max())):
-        if not 0 <= label < num_classes:
-            raise InputError(
-                f"an image of {dataset.url} has label {label}, but there are {num_classes} classes, 0 to "
-                f"{num_classes - 1}; prepare the images again with the labels of one numbering"
-            )
 
 
 def _train_reader(config: FinetuneConfig, train: Dataset, start: Start, worker: Worker) -> ShardReader:

@@ -15,8 +15,8 @@ import pytest
 
 from pipeline.config import parse
 from pretrain.evals.robustness import RobustnessConfig
-from pretrain.finetune.train import FinetuneConfig
-from pretrain.segment.train import SegmentationConfig
+from pretrain.finetune.config import FinetuneConfig
+from pretrain.segment.config import SegmentationConfig
 from pretrain.train import PretrainConfig
 from tokenizer.precompute.config import PrecomputeConfig
 from tokenizer.train import TokenizerTrainConfig

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,40 @@ import numpy as np
 import pytest
 
 from pipeline.errors import InputError
-from pretrain.masking import BlockMasks, MaskConfig, block_mask, block_masks, draw_block_masks
+from pretrain.masking import NUM_TRIES, BlockMasks, MaskConfig, MaskSpec, block_masks, draw_block_masks
 
 NUM_DRAWN = 10_000
+
+
+def block_mask(spec: MaskSpec, draws: random.Random, single_draws: np.random.RandomState) -> np.ndarray:
+    """One mask [height, width] bool by the official procedure, slow and plain; measures `block_masks`.
+
+    Consumes `draws` (area, aspect, top, left per proposal) and `single_draws` (the top-up) in the official
+    order, so that generators seeded alike give the official masks (reference.md §4).
+    """
+    mask = np.zeros((spec.height, spec.width), dtype=bool)
+    log_low, log_high = math.log(spec.aspect[0]), math.log(spec.aspect[1])
+    while (room := spec.num_masked - int(mask.sum())) > 0:
+        for _ in range(NUM_TRIES):
+            # When room < min_block this draws between the two: the blocks then overlap or are refused.
+            area = draws.uniform(spec.min_block, room)
+            ratio = math.exp(draws.uniform(log_low, log_high))
+            height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if height >= spec.height or width >= spec.width:
+                continue
+            top = draws.randint(0, spec.height - height)
+            left = draws.randint(0, spec.width - width)
+            block = mask[top : top + height, left : left + width]
+            if 0 < block.size - int(block.sum()) <= room:
+                block[:] = True
+                break
+        else:
+            break
+    if room > 0:
+        rows, columns = np.nonzero(~mask)
+        chosen = single_draws.choice(len(rows), room, replace=False)
+        mask[rows[chosen], columns[chosen]] = True
+    return mask
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,8 @@ from pretrain.evals.corruptions import Corruption
 from pretrain.evals.image_sets import wnids
 from pretrain.evals.robustness import RobustnessConfig, evaluate_robustness, score
 from pretrain.finetune.augment import AugmentConfig
-from pretrain.finetune.train import FinetuneConfig, default_center_fraction, finetune_classifier
+from pretrain.finetune.config import FinetuneConfig
+from pretrain.finetune.train import default_center_fraction, finetune_classifier
 from pretrain.model.artifacts import load_classifier, save_classifier
 from pretrain.model.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, BackboneSize
 from pretrain.model.classifier import Classifier, ClassifierConfig

@@ -29,8 +29,10 @@ from pipeline.training.step import NonFiniteLossError
 from pipeline.training.worker import Worker
 from pretrain.finetune import train as finetune
 from pretrain.finetune.augment import AugmentConfig, MixedBatch, RandAugment
+from pretrain.finetune.config import FinetuneConfig
+from pretrain.finetune.labels import check_labels
 from pretrain.finetune.start import Goal, from_backbone, from_scratch, from_teacher, from_tokenizer
-from pretrain.finetune.train import FinetuneConfig, Finetuning, check_labels, finetune_classifier, sum_scores
+from pretrain.finetune.train import Finetuning, finetune_classifier, sum_scores
 from pretrain.model.artifacts import load_classifier, save_backbone, save_classifier
 from pretrain.model.backbone import IMAGENET_MEAN, Backbone, BackboneConfig, BackboneSize
 from pretrain.model.classifier import Classifier

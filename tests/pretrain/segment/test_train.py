@@ -25,17 +25,11 @@ from pretrain.model.artifacts import save_backbone, save_classifier
 from pretrain.model.backbone import Backbone, BackboneConfig, BackboneSize
 from pretrain.model.classifier import Classifier, ClassifierConfig
 from pretrain.segment import train as segmentation
+from pretrain.segment.artifact import load_segmenter, read_segmentation_header
+from pretrain.segment.config import PolyOptimConfig, SegmentationConfig, poly_schedule
 from pretrain.segment.label_maps import CropPolicy, CropReader, list_pairs
 from pretrain.segment.score import Score, confusion_matrix
-from pretrain.segment.train import (
-    PolyOptimConfig,
-    SegmentationConfig,
-    finetune_segmentation,
-    load_segmenter,
-    poly_schedule,
-    predict,
-    read_segmentation_header,
-)
+from pretrain.segment.train import finetune_segmentation, predict
 from pretrain.segment.upernet import SegmentationLoss, SegmenterOutput, UperNetConfig
 
 ROOT = Path(__file__).resolve().parents[3]
