@@ -138,13 +138,18 @@ def other_run(stage: Stage) -> str | None:
     """How the run in a stage's folder differs from the stage, where somebody moved another one there.
 
     It is compared with run.json, in which a training keeps its settings; image shards and token shards have
-    none. Files named in settings count by content, which the folder's name covers.
+    none. Files named in settings count by content, which the folder's name covers; settings that the job does
+    not have any more decide nothing.
     """
     asked = stage.resolved
+    known = {key.split(".")[0] for key in asked}
     differing = [
         f"{key}: there {value!r}, asked {asked.get(key)!r}"
         for key, value in leaves(artifacts.claimed_config(stage.output))
-        if key not in FILES and not (key in FILLED_IN and asked.get(key) is None) and asked.get(key) != value
+        if key not in FILES
+        and key.split(".")[0] in known
+        and not (key in FILLED_IN and asked.get(key) is None)
+        and asked.get(key) != value
     ]
     return "; ".join(differing[:4]) or None
 

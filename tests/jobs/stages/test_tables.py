@@ -45,6 +45,23 @@ def jobs_that_changed(before: ReproduceConfig, after: ReproduceConfig) -> set[st
 # ------------------------------------------------------------------------------------------------ names
 
 
+def test_names_stay_those_of_outputs_that_exist(config: ReproduceConfig, tmp_path: Path) -> None:
+    """A finished stage is found by its name: another version of the code must come to the same."""
+    for part in ("train", "val"):
+        (tmp_path / part / "x").mkdir(parents=True)
+        (tmp_path / part / "x" / "1.png").write_bytes(part.encode())
+    places = {f"{part}_source": str(tmp_path / part) for part in ("train", "val")}
+    assert names(replace(config, rows="2", **places)) == [
+        "prepare_images-ff417366",
+        "prepare_images-b2f6e0ef",
+        "train_tokenizer-7ad46188",
+        "precompute_shards-7e479f5e",
+        "pretrain_mim-52359814",
+        "finetune_classifier-1a3da843",
+        "probe_linear-a225ca0c",
+    ]
+
+
 def test_names_do_not_depend_on_places_workers_and_threads(config: ReproduceConfig, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     for source in (config.train_source, config.val_source):
@@ -195,7 +212,8 @@ def test_a_run_with_other_settings_in_the_place_of_a_stage_is_refused(
     jobs.run(plan)
     backbone = next(stage for stage in plan.stages if stage.job == "pretrain_mim")
     for layer, refused in ((9, False), (5, True)):
-        run = {"config": {"epochs": 4, "mim": {"patch_aggregation": {"layer": layer}}, "lanes": 64}}
+        settings = {"epochs": 4, "mim": {"patch_aggregation": {"layer": layer}}}
+        run = {"config": {**settings, "lanes": 64, "a_setting_of_the_past": False}}
         storage.put(storage.join(backbone.output, "run.json"), json.dumps(run).encode())
         assert (backbone.name in jobs.run(plan)) == refused
     assert "patch_aggregation.layer: there 5, asked 9" in capsys.readouterr().err
