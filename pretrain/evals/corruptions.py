@@ -105,13 +105,9 @@ def parse_corruptions(
 
     InputError for an unknown name, and for severities other than 1 to 5 or none.
     """
-    levels = split_list(severities)
-    for level in levels:
-        if level not in map(str, SEVERITIES):
-            raise InputError(f"severities has {level!r}; give some of 1,2,3,4,5")
-    if not levels:
-        raise InputError("severities is empty; give some of 1,2,3,4,5")
-    chosen = split_list(names)
+    levels, chosen = split_list(severities), split_list(names)
+    if not levels or not {*levels} <= {*map(str, SEVERITIES)}:
+        raise InputError(f"severities is {severities!r}; give some of 1,2,3,4,5")
     for name in chosen:
         if name not in CORRUPTIONS:
             raise InputError(f"corruptions names {name!r}; give some of {','.join(CORRUPTIONS)}")

@@ -144,49 +144,51 @@ def look_at(name: str, url: str, cluster: ClusterConfig) -> ImageSet:
     )
 
 
-def prepare(found: ImageSet, output: str, cluster: ClusterConfig) -> ImageSet:
+def prepare(images: ImageSet, output: str, cluster: ClusterConfig) -> ImageSet:
     """The same images as shards, made at `output` if need be; what cannot be read is set aside there."""
-    if found.is_shards:
-        return found
-    prepare_images(PrepareConfig(source=found.url, output=output, cluster=cluster))
-    return look_at(found.name, output, cluster)
+    if images.is_shards:
+        return images
+    prepare_images(PrepareConfig(source=images.url, output=output, cluster=cluster))
+    return look_at(images.name, output, cluster)
 
 
-def check_classes(found: ImageSet, outputs: Outputs) -> None:
+def check_classes(images: ImageSet, outputs: Outputs) -> None:
     """InputError, naming classes, where these images cannot be evaluated with this classifier.
 
     They must all have a label, and their classes must be among the classifier's. A published set must have
     its own classes, all of them, and the classifier must know them.
     """
-    if not len(found.labels):
+    if not len(images.labels):
         raise InputError(
-            f"{found.url} holds no readable image; give one that has some (what was rejected stands in "
-            f"{storage.join(found.url, 'rejects')})"
+            f"{images.url} holds no readable image; give one that has some (what was rejected stands in "
+            f"{storage.join(images.url, 'rejects')})"
         )
-    if missing := int((found.labels == UNLABELLED).sum()):
+    if missing := int((images.labels == UNLABELLED).sum()):
         raise InputError(
-            f"{missing:,} of the {len(found.labels):,} images of {found.url} have no label; put them into "
+            f"{missing:,} of the {len(images.labels):,} images of {images.url} have no label; put them into "
             "class folders, or leave them out"
         )
-    if found.name in BENCHMARKS:
-        _check_benchmark(found, BENCHMARKS[found.name], wnids(found.name), outputs)
-    if (found.class_names is None) != (outputs.class_names is None):
-        numbered, named = (found.url, outputs.url) if found.class_names is None else (outputs.url, found.url)
+    if images.name in BENCHMARKS:
+        _check_benchmark(images, BENCHMARKS[images.name], wnids(images.name), outputs)
+    if (images.class_names is None) != (outputs.class_names is None):
+        numbered, named = (
+            (images.url, outputs.url) if images.class_names is None else (outputs.url, images.url)
+        )
         raise InputError(
             f"the classes of {numbered} have numbers only, those of {named} names, and a number does not say "
             "which name it is; prepare images from class folders, import a classifier with --class_names"
         )
-    if found.class_names is None:
-        if (largest := int(found.labels.max())) >= outputs.num_classes:
+    if images.class_names is None:
+        if (largest := int(images.labels.max())) >= outputs.num_classes:
             raise InputError(
-                f"an image of {found.url} has label {largest}, but {outputs.url} tells {outputs.num_classes} "
-                "classes apart, from 0; give images with the labels it was fine-tuned on"
+                f"an image of {images.url} has label {largest}, but {outputs.url} tells "
+                f"{outputs.num_classes} classes apart, from 0; give images with the labels of its fine-tuning"
             )
         return
-    unknown = _seen(found) - set(outputs.class_names or ())
+    unknown = _seen(images) - set(outputs.class_names or ())
     if unknown:
         raise InputError(
-            f"{found.url} has images of {_listed(unknown)}, which {outputs.url} does not know; give images "
+            f"{images.url} has images of {_listed(unknown)}, which {outputs.url} does not know; give images "
             "of the classes it was fine-tuned on, in folders of these names"
         )
 
@@ -211,7 +213,7 @@ def answers_of(images: ImageSet, outputs: Outputs, *, restrict: bool) -> Answers
     return answers
 
 
-def _check_benchmark(found: ImageSet, title: str, expected: Sequence[str], outputs: Outputs) -> None:
+def _check_benchmark(images: ImageSet, title: str, expected: Sequence[str], outputs: Outputs) -> None:
     if outputs.class_names is None:
         raise InputError(
             f"the outputs of {outputs.url} have no names, so the classes of {title} cannot be found among "
@@ -222,21 +224,21 @@ def _check_benchmark(found: ImageSet, title: str, expected: Sequence[str], outpu
             f"{outputs.url} does not know {_listed(lacking)} of the {len(expected)} classes of {title}; give "
             "a classifier fine-tuned on ImageNet's class folders, which are named by wnid"
         )
-    absent = set(expected) - set(found.class_names or ())
-    strange = _seen(found) - set(expected)
+    absent = set(expected) - set(images.class_names or ())
+    strange = _seen(images) - set(expected)
     if absent or strange:
-        said = [f"lacks {_listed(absent)} of its {len(expected)} class folders"] if absent else []
-        said += [f"has {_listed(strange)} beside them"] if strange else []
+        faults = [f"lacks {_listed(absent)} of its {len(expected)} class folders"] if absent else []
+        faults += [f"has {_listed(strange)} beside them"] if strange else []
         raise InputError(
-            f"{found.url} is not {title}: it {' and '.join(said)}; give the folder that holds its wnid "
+            f"{images.url} is not {title}: it {' and '.join(faults)}; give the folder that holds its wnid "
             "folders, and nothing else"
         )
 
 
-def _seen(found: ImageSet) -> set[str]:
+def _seen(images: ImageSet) -> set[str]:
     """Names of the classes that have an image."""
-    names = found.class_names or ()
-    return {names[int(label)] for label in np.unique(found.labels)}
+    names = images.class_names or ()
+    return {names[int(label)] for label in np.unique(images.labels)}
 
 
 def _listed(names: Collection[str]) -> str:

@@ -68,8 +68,8 @@ def _nearest(
     best = torch.empty(len(asked), 0, device=device)
     labels = torch.empty(len(asked), 0, dtype=torch.int64, device=device)
     for rows in bank.chunks(bank_at_once):
-        found = directions @ F.normalize(bank.batch(rows, device), dim=1).T
-        near, place = found.topk(min(k, len(rows)), dim=1)
+        similarities = directions @ F.normalize(bank.batch(rows, device), dim=1).T
+        near, place = similarities.topk(min(k, len(rows)), dim=1)
         best = torch.cat([best, near], dim=1)
         labels = torch.cat([labels, bank.labels[rows].to(device)[place]], dim=1)
         best, place = best.topk(min(k, best.shape[1]), dim=1)

@@ -101,8 +101,8 @@ def choose_lr(data: LabelledFeatures, sweep: Sweep, device: torch.device | str) 
 
     Of equally accurate ones, the one with the smaller cross-entropy.
     """
-    kept, held = hold_out(data.near(device), sweep)
-    fits = train_classifiers(kept, held, sweep.lrs, sweep, device)
+    kept, held_out = hold_out(data.near(device), sweep)
+    fits = train_classifiers(kept, held_out, sweep.lrs, sweep, device)
     best = max(range(len(fits)), key=lambda i: (int(fits[i].correct.sum()), -fits[i].loss))
     return sweep.lrs[best], fits[best].correct.double().mean().item()
 
@@ -162,9 +162,8 @@ def standardisation(data: LabelledFeatures, device: torch.device | str) -> tuple
     """Mean and reciprocal standard deviation [D] of the features; 0 for a constant, which says nothing."""
     sums = torch.zeros(data.features.shape[1], dtype=torch.float64, device=device)
     squares = torch.zeros_like(sums)
-    origin = data.batch(
-        torch.tensor([0]), device
-    )  # far from zero, float32 would see little of the differences
+    # Far from zero, float32 would see little of the differences.
+    origin = data.batch(torch.tensor([0]), device)
     for rows in data.chunks():
         x = data.batch(rows, device) - origin
         sums += x.sum(dim=0)

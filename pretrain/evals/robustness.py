@@ -56,8 +56,6 @@ from shards.pixels.views import ViewPolicy
 from shards.reader.reader import Batches, ShardReader
 
 ARTIFACT = "robustness"
-PREPARED = "images"
-"""Folder, in the output, of the shards prepared from image folders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +109,7 @@ class RobustnessConfig:
     """Workers that share the sets, two at a time each: 0 runs here, on a GPU where there is one."""
 
     def __post_init__(self) -> None:
-        if not (self.benchmarks or self.own_sets or self.corrupt("cifar10_c")):
+        if not (self.benchmarks or parse_sets(self.shifted) or self.corrupted("cifar10_c")):
             raise InputError(
                 "there is nothing to compare with the clean images; give --imagenet_a, --imagenet_r, "
                 "--imagenet_sketch, --shifted or --corruptions"
@@ -129,12 +127,7 @@ class RobustnessConfig:
         urls = {name: getattr(self, name) for name in BENCHMARKS}
         return {name: url for name, url in urls.items() if url is not None}
 
-    @property
-    def own_sets(self) -> dict[str, str]:
-        """The shifted sets of one's own, by name; InputError where they are not name=URL."""
-        return parse_sets(self.shifted)
-
-    def corrupt(self, table: StrengthTable) -> list[Corruption]:
+    def corrupted(self, table: StrengthTable) -> list[Corruption]:
         """The corruptions that were given, with the constants of a table."""
         return parse_corruptions(self.corruptions, self.severities, table=table, seed=self.seed)
 
@@ -245,7 +238,7 @@ def evaluate_robustness(config: RobustnessConfig) -> None:
     crops = _crops(config, header)
     if config.precision == "fp16":
         resolve_precision(config.precision, torch.device(device_type(config.cluster)))
-    own = {name: storage.absolute(url) for name, url in config.own_sets.items()}
+    own = {name: storage.absolute(url) for name, url in parse_sets(config.shifted).items()}
     urls = {CLEAN: config.clean, **config.benchmarks, **own}
     sets = [look_at(name, url, config.cluster) for name, url in urls.items()]
     for images in sets:
@@ -268,7 +261,7 @@ def evaluate_robustness(config: RobustnessConfig) -> None:
         return
 
     start = time.monotonic()
-    prepared = storage.join(config.output, PREPARED)
+    prepared = storage.join(config.output, "images")
     sets = [prepare(images, storage.join(prepared, images.name), config.cluster) for images in sets]
     passes = plan_passes(config, sets, outputs, table)
     hits = dict(map_items(passes, functools.partial(make_runner, config, crops), config.cluster))
@@ -276,7 +269,7 @@ def evaluate_robustness(config: RobustnessConfig) -> None:
         image_size=crops.policy.side,
         center_fraction=crops.center_fraction,
         interpolation=crops.policy.interpolation,
-        strengths=table if config.corrupt(table) else None,
+        strengths=table if config.corrupted(table) else None,
         sets=tuple(
             SetAccount(name=images.name, num_images=len(images.labels), rejected=images.rejected)
             for images in sets
@@ -352,7 +345,7 @@ def plan_passes(
     ]
     passes += [
         Pass(name=corruption.label, shards=clean.url, corruption=corruption, answers=(None,))
-        for corruption in config.corrupt(table)
+        for corruption in config.corrupted(table)
     ]
     return passes
 

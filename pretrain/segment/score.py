@@ -1,4 +1,4 @@
-"""What predicted label maps are worth (mIoU, Table 11) and how they look."""
+"""Scores of predicted label maps (mIoU, Table 11), and pictures of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Score:
     """Scores of predictions over all labelled pixels; shares, not percent. None where a class has none.
 
     iou: intersection over union per class, None where it is neither labelled nor predicted;
-    accuracy: share of a class's pixels that are found; pixels: share of all labelled pixels.
+    accuracy: share of a class's pixels that are predicted so; pixels: share of all labelled pixels.
     """
 
     num_images: int
@@ -45,13 +45,12 @@ class Score:
         )
 
     @staticmethod
-    def from_json(held: Mapping[str, Any]) -> Score:
-        """What `to_json` wrote."""
-        values: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in held.items()}
-        return Score(**values)
+    def from_json(values: Mapping[str, Any]) -> Score:
+        """The score that `to_json` wrote."""
+        return Score(**{key: tuple(x) if isinstance(x, list) else x for key, x in values.items()})
 
     def to_json(self) -> dict[str, Any]:
-        """For the artifact's header."""
+        """The score for the artifact's header."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
 
     @property
@@ -65,7 +64,7 @@ class Score:
         return _mean(self.accuracy)
 
     def figures(self) -> dict[str, float]:
-        """For metrics.jsonl."""
+        """The figures of metrics.jsonl."""
         return {
             "miou": self.miou,
             "mean_accuracy": self.mean_accuracy,
@@ -73,7 +72,7 @@ class Score:
         }
 
     def table(self, names: Sequence[str]) -> str:
-        """For people."""
+        """Scores by class, for people."""
         width = max(len(name) for name in names)
         lines = [f"{'':<{width}}      IoU  accuracy  of pixels"]
         for name, iou, accuracy, pixels in zip(names, self.iou, self.accuracy, self.pixels, strict=True):
@@ -93,8 +92,8 @@ def _ratios(parts: np.ndarray, wholes: np.ndarray) -> tuple[float | None, ...]:
 
 
 def _mean(values: Sequence[float | None]) -> float:
-    held = [value for value in values if value is not None]
-    return sum(held) / len(held)
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known)
 
 
 def confusion_matrix(classes: Tensor, predicted: Tensor, num_classes: int) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import parse
+from pretrain.evals.corruptions import CORRUPTIONS
 from pretrain.evals.robustness import RobustnessConfig
 from pretrain.finetune.config import FinetuneConfig
 from pretrain.segment.config import SegmentationConfig
@@ -209,5 +210,6 @@ def test_the_cifar10_recipes_fit_their_jobs() -> None:
     assert (shape.width, shape.depth, shape.heads, shape.grid) == (128, 6, 4, (8, 8))
     places = ["--classifier=c", "--clean=v", "--output=o"]
     shifts = parse(RobustnessConfig, ["--config", str(folder / "robustness.yaml"), *places])
-    assert shifts.corruption_names == ("gaussian_noise", "gaussian_blur", "contrast", "jpeg")
-    assert shifts.severity_levels == (3, 5) and shifts.strengths == "cifar10_c"
+    copies = [corruption.label for corruption in shifts.corrupted("cifar10_c")]
+    assert copies == [f"{name} {level}" for name in CORRUPTIONS for level in (3, 5)]
+    assert shifts.strengths == "cifar10_c"

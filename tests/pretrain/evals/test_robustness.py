@@ -406,8 +406,8 @@ def test_logits_that_are_no_numbers_are_an_error(
     [
         ({}, "nothing to compare"),
         ({"corruptions": "fog"}, "'fog'; give some of gaussian_noise,gaussian_blur,contrast,jpeg"),
-        ({"corruptions": "jpeg", "severities": "1,6"}, "severities has '6'"),
-        ({"corruptions": "jpeg", "severities": ","}, "severities is empty"),
+        ({"corruptions": "jpeg", "severities": "1,6"}, "severities is '1,6'"),
+        ({"corruptions": "jpeg", "severities": ","}, "severities is ','"),
         ({"shifted": "s3://bucket/x"}, "give name=URL"),
         ({"shifted": "..=x"}, "give name=URL"),
         ({"shifted": "a=x,a=y"}, "name a for a second set"),

@@ -21,6 +21,7 @@ from pipeline.training.checkpoints import CheckpointStore, TrainState
 from pipeline.training.interruption import InterruptedRunError, Interruption
 from pipeline.training.metrics import read_metrics
 from pipeline.training.step import NonFiniteLossError
+from pipeline.training.worker import Worker
 from pretrain.model.artifacts import save_backbone, save_classifier
 from pretrain.model.backbone import Backbone, BackboneConfig, BackboneSize
 from pretrain.model.classifier import Classifier, ClassifierConfig
@@ -255,9 +256,11 @@ def test_loss_that_is_not_finite_names_step_and_batch_and_keeps_the_last_checkpo
         list_pairs(config.train_images, config.train_labels),
         config.rules,
         config.crops,
+        Worker(),
         fill=(0, 0, 0),
         batch_size=4,
         seed=config.seed,
+        num_threads=1,
     )
     # Records come after steps 4 and 8; the sixth is the culprit.
     with pytest.raises(NonFiniteLossError, match=f"step 6, batch {', '.join(reader.keys(5))}"):
