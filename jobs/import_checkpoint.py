@@ -104,7 +104,7 @@ def _class_names(config: ImportConfig, model: VQKD | Backbone | Classifier) -> l
 
 
 def _described(model: VQKD | Backbone | Classifier, config: ImportConfig) -> str:
-    """What was recognised, and what of it is a convention because weights do not tell."""
+    """The model that was recognised, and its parts that are convention because weights do not tell."""
     assumed = "" if config.heads is not None else f" (assumed: width / {HEAD_DIM})"
     if isinstance(model, VQKD):
         shape, size, decoder = model.config, model.config.encoder_size, model.config.decoder_size

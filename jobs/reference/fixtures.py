@@ -32,7 +32,7 @@ ENDINGS = {
     "mim_tiny": ("io.npz", *_TRAINED),
     "finetune_tiny": ("io.npz", "init.safetensors"),
 }
-"""How a fixture's name begins, and the files it consists of."""
+"""Files of a fixture, by the beginning of its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is tolerable."""
+        """True if the difference is tolerable."""
         return self.difference <= self.tolerance
 
 
@@ -57,22 +57,18 @@ class Checks:
 
     done: list[Check] = field(default_factory=list)
     left_alone: list[str] = field(default_factory=list)
-    """What is there and was compared with nothing."""
+    """Names of arrays and files that were compared with nothing."""
     group: str = ""
 
-    def close(self, name: str, ours: Tensor, theirs: Tensor, tolerance: float, note: str = "") -> None:
-        """One tensor, relative to the largest entry of the reference's."""
+    def compare(self, name: str, ours: Tensor, theirs: Tensor, tolerance: float, note: str = "") -> None:
+        """One tensor, relative to the largest entry of the reference's; whole numbers entry by entry."""
+        difference = relative_difference(ours, theirs)
         if ours.shape != theirs.shape:
             note = f"shape {list(ours.shape)} here, {list(theirs.shape)} there"
-        self._add(name, relative_difference(ours, theirs), tolerance, note)
-
-    def equal(self, name: str, ours: Tensor, theirs: Tensor, note: str = "") -> None:
-        """Whole numbers, entry by entry."""
-        if ours.shape != theirs.shape:
-            self.fail(name, f"shape {list(ours.shape)} here, {list(theirs.shape)} there")
-            return
-        differing = int((ours != theirs).sum())
-        self._add(name, differing, 0.0, "; ".join(filter(None, [f"{differing} of {ours.numel()}", note])))
+        elif not theirs.is_floating_point():
+            difference, tolerance = int((ours != theirs).sum()), 0.0
+            note = "; ".join(filter(None, [f"{difference} of {ours.numel()}", note]))
+        self._add(name, difference, tolerance, note)
 
     def all_close(
         self,
@@ -109,7 +105,7 @@ class Checks:
             norms = key == "grad_norm"
             theirs = torch.tensor([float(step.get(key, math.nan)) for step in recorded], dtype=torch.float64)
             name = "three steps: gradient norms" if norms else f"three steps: {key} loss"
-            self.close(name, torch.stack(values), theirs, GRADIENTS if norms else FORWARD)
+            self.compare(name, torch.stack(values), theirs, GRADIENTS if norms else FORWARD)
 
     def fail(self, name: str, why: str) -> None:
         """Something that should be there to be compared, and is not."""

@@ -50,7 +50,7 @@ def check_mim(fixture: Fixture, checks: Checks) -> None:
 
     @torch.no_grad()
     def difference(layer: int) -> float:
-        """How far the second head is from the reference's when it branches off after this block."""
+        """Distance of the second head from the reference's when it branches off after this block."""
         logits = build(layer)(images, mask).logits_cls
         assert logits is not None
         return relative_difference(logits, io["logits2_masked"])
@@ -63,25 +63,25 @@ def check_mim(fixture: Fixture, checks: Checks) -> None:
         note = f"second head from layer {layer}, by trial{own_head}"
         model = build(layer)
     if (index := state.get(f"rel_pos_bias.{INDEX}")) is not None:
-        checks.equal(INDEX, model.rel_pos_bias.relative_position_index, index)
+        checks.compare(INDEX, model.rel_pos_bias.relative_position_index, index, FORWARD)
 
     # What both classifiers see of every patch, and what they say of the masked ones.
     for head, features in enumerate(_head_inputs(model, images, mask), start=1):
         theirs = io[f"patch_features{head}"]
-        checks.close(f"patch_features{head}", features.view_as(theirs), theirs, FORWARD)
+        checks.compare(f"patch_features{head}", features.view_as(theirs), theirs, FORWARD)
     output = model(images, mask)
     loss = mim_loss(output, codes)
     count = loss.num_masked
-    checks.equal("labels", codes.flatten()[output.masked], io["labels"])
+    checks.compare("labels", codes.flatten()[output.masked], io["labels"], FORWARD)
     heads = [(output.logits, loss.loss, loss.correct, "")]
     if output.logits_cls is not None:
         heads.append((output.logits_cls, loss.loss_cls, loss.correct_cls, note))
     for head, (logits, summed, correct, of_head) in enumerate(heads, start=1):
-        checks.close(f"logits{head}_masked", logits, io[f"logits{head}_masked"], FORWARD, of_head)
-        checks.close(f"loss{head}", summed / count, io[f"loss{head}"], FORWARD)
-        checks.close(f"acc{head}", correct / count, io[f"acc{head}"], FORWARD)
+        checks.compare(f"logits{head}_masked", logits, io[f"logits{head}_masked"], FORWARD, of_head)
+        checks.compare(f"loss{head}", summed / count, io[f"loss{head}"], FORWARD)
+        checks.compare(f"acc{head}", correct / count, io[f"acc{head}"], FORWARD)
     total = loss.objective(count)
-    checks.close("total_loss", total, io["total_loss"], FORWARD, note)
+    checks.compare("total_loss", total, io["total_loss"], FORWARD, note)
     compared = {"images", "mask", "tokens", "labels", "total_loss"}
     for head in range(1, len(heads) + 1):
         compared |= {f"{name}{head}" for name in ("loss", "acc", "patch_features")} | {f"logits{head}_masked"}
@@ -110,7 +110,7 @@ def check_mim(fixture: Fixture, checks: Checks) -> None:
 
 @torch.no_grad()
 def _head_inputs(model: MIM, images: Tensor, mask: Tensor) -> list[Tensor]:
-    """What each head's classifier is given for every patch [B * N, D]."""
+    """Input of each head's classifier for every patch [B * N, D]."""
     inputs: list[Tensor] = []
     classifiers = {model.lm_head, model.cls_pt_lm_head or model.lm_head}
     handles = [c.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for c in classifiers]
@@ -137,10 +137,10 @@ def check_finetune(fixture: Fixture, checks: Checks) -> None:
         note = f"{heads} heads, by trial"
     model = build(heads)
     for key in (key for key in state if key.endswith(INDEX)):
-        checks.equal(key, relative_position_index(model.config.backbone.grid), state[key])
-    checks.close("pooled", model.pooled(images), io["pooled"], FORWARD, f"{model.config.pooling} pooling")
-    checks.close("all_tokens", model.forward_tokens(images), io["all_tokens"], FORWARD, note)
-    checks.close("logits", model(images), io["logits"], FORWARD)
+        checks.compare(key, relative_position_index(model.config.backbone.grid), state[key], FORWARD)
+    checks.compare("pooled", model.pooled(images), io["pooled"], FORWARD, f"{model.config.pooling} pooling")
+    checks.compare("all_tokens", model.forward_tokens(images), io["all_tokens"], FORWARD, note)
+    checks.compare("logits", model(images), io["logits"], FORWARD)
     checks.leave(io.keys() - {"images", "logits", "pooled", "all_tokens"})
 
 
@@ -164,7 +164,7 @@ def check_schedules(arrays: Mapping[str, Tensor], checks: Checks) -> None:
         lr = cosine_schedule(peak_lr=peak, min_lr=min_lr, warmup_steps=warmup_steps, total_steps=total)
         ours = torch.tensor([lr(step) for step in range(total)], dtype=torch.float64)
         note = f"{warmup_steps} of {total} steps warm up, to {peak:.3g}"
-        checks.close(name, ours, expected.double(), SCHEDULE, note)
+        checks.compare(name, ours, expected.double(), SCHEDULE, note)
 
 
 def check_position_tables(arrays: Arrays, checks: Checks) -> None:
@@ -181,9 +181,9 @@ def check_position_tables(arrays: Arrays, checks: Checks) -> None:
             if not torch.equal(ours[-NUM_SPECIAL_ROWS:], table[-NUM_SPECIAL_ROWS:]):
                 checks.fail(name, "the rows of [CLS] are not carried over")
             note = f"{grid}x{grid} to {number}x{number}"
-            checks.close(name, ours[:-NUM_SPECIAL_ROWS], expected.flatten(1).t(), FORWARD, note)
+            checks.compare(name, ours[:-NUM_SPECIAL_ROWS], expected.flatten(1).t(), FORWARD, note)
         elif kind == "coords" and number.isdigit():
             coordinates = torch.tensor(spline_coordinates(grid, int(number)), dtype=torch.float64)
-            checks.close(name, coordinates, expected.double(), FORWARD)
+            checks.compare(name, coordinates, expected.double(), FORWARD)
         elif name != "src":
             checks.leave([name])

@@ -132,7 +132,7 @@ class BackboneSize:
 
 @dataclass(frozen=True)
 class Features:
-    """What a backbone makes of images, after the final norm: cls [B, D] and patches [B, N, D]."""
+    """Features of images after the final norm: cls [B, D] and patches [B, N, D]."""
 
     cls: Tensor
     patches: Tensor

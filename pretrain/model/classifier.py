@@ -114,7 +114,7 @@ class Classifier(nn.Module):
         return self.head(self.pooled(pixels))
 
     def pooled(self, pixels: Tensor) -> Tensor:
-        """What the head sees [B, D]: the norm of the patches' mean, or [CLS] after the norm."""
+        """Input of the head [B, D]: the norm of the patches' mean, or [CLS] after the norm."""
         x = self.layer_outputs(pixels)[-1]
         return self._last_norm(x[:, 1:].mean(dim=1) if self.config.pooling == "mean" else x[:, 0])
 

@@ -38,7 +38,7 @@ class PatchAggregationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MIMConfig:
-    """What is put on top of the backbone for pretraining."""
+    """Heads on top of the backbone for pretraining."""
 
     patch_aggregation: PatchAggregationConfig = field(default_factory=PatchAggregationConfig)
     """The second head."""

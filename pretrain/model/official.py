@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
-from pipeline.tensorfile import as_float32, common_size, count_numbered, match, shape_text
+from pipeline.tensorfile import as_float32, common_size, count_numbered, match
 from pretrain.model.backbone import (
     HEAD_PREFIXES,
     IMAGENET_MEAN,
@@ -42,15 +42,15 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def kind_of(names: Iterable[str]) -> Literal["pretraining", "classifier"] | None:
-    """What a state dict with these names is, None if it is no BEiT."""
-    held = list(names)
-    if not any(name.startswith("blocks.") for name in held):
+    """Kind of the state dict with these names; None if it is no BEiT."""
+    names = list(names)
+    if not any(name.startswith("blocks.") for name in names):
         return None
-    if any(name.startswith(("mask_token", *HEAD_PREFIXES)) for name in held):
+    if any(name.startswith(("mask_token", *HEAD_PREFIXES)) for name in names):
         return "pretraining"
-    if any(name.startswith(("head.", "fc_norm.")) or name.endswith(f".attn.{TABLE}") for name in held):
+    if any(name.startswith(("head.", "fc_norm.")) or name.endswith(f".attn.{TABLE}") for name in names):
         return "classifier"
-    return "pretraining" if any(name.startswith("rel_pos_bias.") for name in held) else None
+    return "pretraining" if any(name.startswith("rel_pos_bias.") for name in names) else None
 
 
 # ------------------------------------------------------------------------------------------------ in
@@ -72,12 +72,12 @@ def backbone_from_official(
     were normalised. Raises InputError that names the first key that is missing, misshapen or left over.
     """
     config = _backbone_config(tensors, url, [(SHARED_TABLE, 0)], heads=heads, mean=mean, std=std)
-    kept = _without_index(tensors, url, config)
-    what = f"a pretraining model of {config.depth} blocks of {config.width}"
+    kind = "pretraining model"
     if not any(name.startswith(HEAD_PREFIXES) for name in tensors):
-        return _filled(lambda: Backbone(config), kept, url, what)
+        return _filled(lambda: Backbone(config), config, tensors, url, kind)
     codebook_size = common_size(tensors, url, [("lm_head.weight", 0), ("lm_head.bias", 0)])
-    return _filled(lambda: MIM(config, _mim_config(tensors, config, layer), codebook_size), kept, url, what)
+    mim_config = _mim_config(tensors, config, layer)
+    return _filled(lambda: MIM(config, mim_config, codebook_size), config, tensors, url, kind)
 
 
 def classifier_from_official(
@@ -107,9 +107,7 @@ def classifier_from_official(
         absolute_positions="pos_embed" in tensors,
         relative_positions="per_block" if per_block else "shared" if SHARED_TABLE in tensors else "none",
     )
-    kept = _without_index(tensors, url, backbone)
-    what = f"a classifier of {backbone.depth} blocks of {backbone.width}"
-    return _filled(lambda: Classifier(config), kept, url, what)
+    return _filled(lambda: Classifier(config), backbone, tensors, url, "classifier")
 
 
 def _backbone_config(
@@ -126,22 +124,22 @@ def _backbone_config(
     patch_size = common_size(tensors, url, [("patch_embed.proj.weight", 2), ("patch_embed.proj.weight", 3)])
     if "pos_embed" in tensors and not any(name.endswith(TABLE) for name in tensors):
         grid = math.isqrt(max(common_size(tensors, url, [("pos_embed", 1)]) - 1, 0))
-        found_heads = heads or max(1, width // HEAD_DIM)
+        table_heads = heads or max(1, width // HEAD_DIM)
     else:
         rows = common_size(tensors, url, tables)
-        found_heads = common_size(tensors, url, [(key, 1) for key, _ in tables])
+        table_heads = common_size(tensors, url, [(key, 1) for key, _ in tables])
         try:
             grid = table_grid(rows)
         except InputError as error:
             raise InputError(f"{url}: {tables[0][0]}: {error}; check the file") from None
-        if width % max(found_heads, 1):
+        if width % max(table_heads, 1):
             raise InputError(
-                f"{url}: {tables[0][0]} is for {found_heads} heads, which do not divide the width of "
+                f"{url}: {tables[0][0]} is for {table_heads} heads, which do not divide the width of "
                 f"{width}; check the file"
             )
-        if heads is not None and heads != found_heads:
+        if heads is not None and heads != table_heads:
             raise InputError(
-                f"{url}: its position tables are for {found_heads} heads, not {heads}; leave --heads out"
+                f"{url}: its position tables are for {table_heads} heads, not {heads}; leave --heads out"
             )
     has_scales = any(name.startswith("blocks.") and ".gamma_" in name for name in tensors)
     return BackboneConfig(
@@ -149,7 +147,7 @@ def _backbone_config(
         patch_size=patch_size,
         width=width,
         depth=count_numbered(tensors, "blocks."),
-        heads=found_heads,
+        heads=table_heads,
         mlp_ratio=common_size(tensors, url, [(".mlp.fc1.bias", 0), (".mlp.fc1.weight", 0)]) / width,
         # Its first value left no trace; zero or not is what counts from here on.
         layer_scale_init=(1e-5 if width >= 1024 else 0.1) if has_scales else 0.0,
@@ -171,28 +169,21 @@ def _mim_config(tensors: Mapping[str, Tensor], config: BackboneConfig, layer: in
     )
 
 
-def _filled(make: Callable[[], ModelT], tensors: Mapping[str, Tensor], url: str, what: str) -> ModelT:
-    """The model that `make` builds, with these weights: built for real only once names and shapes agree."""
+def _filled(
+    make: Callable[[], ModelT], config: BackboneConfig, tensors: Mapping[str, Tensor], url: str, kind: str
+) -> ModelT:
+    """The model that `make` builds, with these weights: built for real only once names and shapes agree.
+
+    Indices of position tables, which follow from the grid, must have its shape and are left out.
+    """
     with torch.device("meta"):
-        match(make().state_dict(), tensors, url, what)
+        expected = make().state_dict()
+        index = relative_position_index(config.grid)
+    indices = {key: index for key in tensors if key.endswith(f".{INDEX}")}
+    match({**expected, **indices}, tensors, url, f"a {kind} of {config.depth} blocks of {config.width}")
     model = make()
-    model.load_state_dict(as_float32(tensors), assign=True)
+    model.load_state_dict(as_float32({key: tensors[key] for key in expected}), assign=True)
     return model.eval().requires_grad_(False)
-
-
-def _without_index(tensors: Mapping[str, Tensor], url: str, config: BackboneConfig) -> dict[str, Tensor]:
-    """The tensors without the tables' indices, which follow from the grid; their shapes must fit it."""
-    num_tokens = config.num_patches + 1
-    kept: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        if not key.endswith(f".{INDEX}"):
-            kept[key] = tensor
-        elif tuple(tensor.shape) != (num_tokens, num_tokens) or tensor.is_floating_point():
-            raise InputError(
-                f"{url}: {key} is {shape_text(tensor)} of {tensor.dtype}, but its table is for "
-                f"{config.grid[0]}x{config.grid[1]} patches: {num_tokens}x{num_tokens} integers; check it"
-            )
-    return kept
 
 
 # ------------------------------------------------------------------------------------------------ out

@@ -96,7 +96,7 @@ def resize_position_table(table: Tensor, grid_from: int, grid_to: int) -> Tensor
 
 
 def spline_coordinates(grid_from: int, grid_to: int) -> list[float]:
-    """Where the old displacements lie among the new ones: 0, ±1, ±(1 + q), ±(1 + q + q²), ...
+    """Coordinates of the old displacements among the new ones: 0, ±1, ±(1 + q), ±(1 + q + q²), ...
 
     q is found by bisection in [1.01, 1.5] such that the outermost of the 2 * grid_from - 1 coordinates is the
     outermost new displacement, grid_to - 1. A smaller grid than the old one ends at q = 1.01 and reads the

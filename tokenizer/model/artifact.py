@@ -38,8 +38,8 @@ _NOT_IN_FINGERPRINT = ("quantize.cluster_size", "quantize.embedding.initted")
 
 
 METRICS = ("codebook_usage", "perplexity", "reconstruction_loss")
-"""What every tokenizer says of its quality: fraction of codes hit at least once, exp of the entropy of the
-code frequencies, mean of 1 - cosine to the teacher; over validation images if there were any."""
+"""Figures in every header: fraction of codes hit at least once, exp of the entropy of the code frequencies,
+mean of 1 - cosine to the teacher; over validation images if there were any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class TokenizerArtifact:
 
 
 def preprocessing(config: VQKDConfig) -> dict[str, Any]:
-    """What happens to pixels before the encoder and to features after it: part of the fingerprint."""
+    """Treatment of pixels before the encoder and of features after it; part of the fingerprint."""
     return {
         "input": "uint8 RGB",
         "range": [-1.0, 1.0],
@@ -174,11 +174,11 @@ def _load(artifact: TokenizerArtifact, target_dim: int | None) -> VQKD:
         tensors = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise InputError(f"{location} is not a safetensors file ({error}); copy or make it again") from None
-    found = tokenizer_fingerprint(artifact.config, tensors)
-    if found != artifact.fingerprint:
+    fingerprint = tokenizer_fingerprint(artifact.config, tensors)
+    if fingerprint != artifact.fingerprint:
         raise InputError(
-            f"{location} has fingerprint {found[:8]}…, but tokenizer.json says {artifact.fingerprint[:8]}…; "
-            "they belong to different tokenizers, copy both files again"
+            f"{location} has fingerprint {fingerprint[:8]}…, but tokenizer.json says "
+            f"{artifact.fingerprint[:8]}…; they belong to different tokenizers, copy both files again"
         )
     if target_dim is None:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(DECODER_PREFIXES)}
@@ -279,7 +279,7 @@ class VisualTokenizer:
 
     @torch.no_grad()
     def code_gaps(self, pixels: Tensor, codes: Tensor) -> Tensor:
-        """By how much given codes [B, N] miss the best similarity: [B, N] float32, 0 where they are the best.
+        """Gaps of given codes [B, N] to the best similarity: [B, N] float32, 0 where they are the best.
 
         `pixels` are as for `encode`. Cosine similarities in float32, so a gap is at most 2.
         """

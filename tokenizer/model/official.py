@@ -17,7 +17,7 @@ from pipeline.tensorfile import as_float32, common_size, count_numbered, match
 from tokenizer.model.vqkd import VQKD, VQKDConfig
 
 DROPPED = ("teacher", "scaling", "loss")
-"""What training checkpoints hold besides the model: the official loader leaves it out by these prefixes."""
+"""Prefixes of what training checkpoints hold besides the model; the official loader leaves it out, too."""
 
 HEAD_DIM = 64
 """Width of an attention head in every published model."""
@@ -57,7 +57,7 @@ def vqkd_from_official(tensors: Mapping[str, Tensor], url: str, *, heads: int | 
     expected = model.state_dict()
     codebook = expected["quantize.embedding.weight"]
     unused = {"quantize.embedding.cluster_size": codebook[:, 0], "quantize.embedding.embed_avg": codebook}
-    present = {key: wanted for key, wanted in unused.items() if key in tensors}
+    present = {key: tensor for key, tensor in unused.items() if key in tensors}
     size = config.encoder_size
     what = f"a tokenizer of {size.depth} blocks of {size.width} with {config.codebook_size} codes"
     match({**expected, **present}, tensors, url, what)

@@ -19,7 +19,7 @@ from pipeline.training.worker import Worker
 # Shapes below: M tokens, K codes (codebook_size), D dimensions (code_dim).
 
 KMEANS_TOKENS_PER_CODE = 4
-"""How many tokens k-means wants for each code; the reference starts 8,192 codes from 12,544 tokens."""
+"""Tokens per code that k-means starts from; the reference starts 8,192 codes from 12,544 tokens."""
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 """Size of one block of the M x K similarity table. On CPU 2 MB, which stays in the cache: 0.6 of the time of
@@ -73,7 +73,7 @@ def nearest_code(features: Tensor, codebook: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class CodeSums:
-    """What one forward pass tells the codebook: per code, how many tokens chose it and their sum.
+    """Per code, the number of tokens that chose it and their sum: what moves the codebook.
 
     Addable, so that the micro-batches of one optimizer step count as the one batch they are.
     """
@@ -96,7 +96,7 @@ def code_sums(tokens: Tensor, codes: Tensor, codebook_size: int) -> CodeSums:
 
 
 class CodeUsage:
-    """How often each code was chosen, over as many batches as are added: an epoch, a validation set."""
+    """Counts of chosen codes over as many batches as are added: an epoch, a validation set."""
 
     def __init__(self, codebook_size: int, device: torch.device | str = "cpu") -> None:
         self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
@@ -113,14 +113,9 @@ class CodeUsage:
         return total
 
     @property
-    def used(self) -> int:
-        """How many codes were hit at least once: the paper's measure, over the validation set."""
-        return int((self.counts > 0).sum())
-
-    @property
     def used_fraction(self) -> float:
-        """`used` as a fraction of the codebook: the paper's codebook usage (Table 4)."""
-        return self.used / self.counts.shape[0]
+        """Fraction of codes hit at least once: the paper's codebook usage, over validation (Table 4)."""
+        return int((self.counts > 0).sum()) / self.counts.shape[0]
 
     @property
     def perplexity(self) -> float:
@@ -144,8 +139,8 @@ def spherical_kmeans(tokens: Tensor, means: Tensor, iterations: int = 10) -> Ten
     A cluster that loses all its tokens keeps its mean.
     """
     for _ in range(iterations):
-        found = code_sums(tokens, nearest_code(tokens, means), means.shape[0])
-        means = _updated(means, l2_normalize(_centroids(found)), found.counts)
+        sums = code_sums(tokens, nearest_code(tokens, means), means.shape[0])
+        means = _updated(means, l2_normalize(_centroids(sums)), sums.counts)
     return means
 
 
@@ -171,7 +166,7 @@ def sample_means(tokens: Tensor, count: int, generator: torch.Generator) -> Tens
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerOutput:
-    """What the quantizer makes of features [..., D]."""
+    """Result of quantising features [..., D]."""
 
     quantized: Tensor
     """[..., D] float32: the chosen codes; its gradient goes to the features unchanged (straight-through)."""
@@ -333,8 +328,8 @@ class NormEMAQuantizer(nn.Module):
             raise RuntimeError(f"the codebooks of ranks {differing} differ from rank 0's")
 
 
-def _centroids(found: CodeSums) -> Tensor:
-    return found.sums / found.counts.clamp(min=1.0)[:, None]
+def _centroids(sums: CodeSums) -> Tensor:
+    return sums.sums / sums.counts.clamp(min=1.0)[:, None]
 
 
 def _updated(old: Tensor, new: Tensor, counts: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class Teacher(nn.Module):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What the tokenizer artifact records of its teacher."""
+        """The teacher as the tokenizer artifact records it."""
         return {
             "name": self.name,
             "dim": self.dim,

@@ -182,7 +182,7 @@ class VQKDOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookStart:
-    """How the k-means start went."""
+    """Report of a k-means start."""
 
     tokens: int
     """Tokens of all ranks."""
@@ -193,7 +193,7 @@ class CodebookStart:
 
     @property
     def enough(self) -> bool:
-        """Whether there were as many tokens as wanted."""
+        """True if there were four tokens per code."""
         return self.tokens >= self.wanted
 
     def __str__(self) -> str:

@@ -245,11 +245,11 @@ def test_restart_takes_no_token_twice():
 
 def test_usage_and_perplexity():
     usage = CodeUsage(8)
-    assert usage.perplexity == 0.0 and usage.used == 0
+    assert usage.perplexity == 0.0 and usage.used_fraction == 0.0
     usage.add(torch.tensor([[0, 0], [0, 0]]))
     assert usage.perplexity == 1.0 and usage.used_fraction == 1 / 8
     usage.add(torch.tensor([3, 3, 3, 3]))
-    assert usage.perplexity == pytest.approx(2.0) and usage.used == 2
+    assert usage.perplexity == pytest.approx(2.0) and usage.used_fraction == 2 / 8
     everything = CodeUsage(8)
     everything.add(torch.arange(8).repeat(5))
     assert everything.perplexity == pytest.approx(8.0) and everything.used_fraction == 1.0
