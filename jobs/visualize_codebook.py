@@ -15,7 +15,12 @@ from pipeline import storage
 from pipeline.artifacts import claim, publish, read_header
 from pipeline.config import ASIDE, PLACE, absolute_places, identity, run_job
 from pipeline.errors import InputError
-from pretrain.evals.codebook import MIN_PATCHES, ExaminedCodebook, Likeness, examine_codebook
+from pretrain.evals.codebook import (
+    MIN_PATCHES,
+    ExaminedCodebook,
+    Likeness,
+    examine_codebook,
+)
 from shards.dataset.crop_sample import draw_sample
 from shards.dataset.dataset import Dataset, open_dataset
 from tokenizer.model.artifact import load_vqkd, read_tokenizer
@@ -131,27 +136,25 @@ def in_words(examined: ExaminedCodebook) -> str:
 
 def to_json(examined: ExaminedCodebook) -> dict[str, Any]:
     """The numbers behind the page, for programs."""
+    codes, position = examined.statistics, examined.position
     return {
-        "codebook_size": examined.statistics.codebook_size,
-        "patches": examined.statistics.patches,
-        "codebook_usage": examined.statistics.usage,
-        "perplexity": examined.statistics.perplexity,
+        "codebook_size": codes.codebook_size,
+        "patches": codes.patches,
+        "codebook_usage": codes.usage,
+        "perplexity": codes.perplexity,
         "counts": examined.counts.tolist(),
         "searched_crops": examined.searched,
         "eligible_codes": examined.eligible,
         "consistency_of_any": examined.likeness_of_any,
-        "position_bits": examined.position.bits,
-        "position_bits_shifted": examined.position.bits_shifted,
-        "code_entropy_bits": examined.position.code_entropy,
+        "position_bits": position.bits,
+        "position_bits_shifted": position.bits_shifted,
+        "code_entropy_bits": position.code_entropy,
         "codes": [
             {
-                "code": shown.code,
-                "consistency": shown.consistency,
-                "images": shown.images,
-                "share": shown.share,
+                **{key: getattr(shown, key) for key in ("code", "consistency", "images", "share")},
                 "patches": [{"key": example.key, "patch": example.patch} for example in shown.examples],
-                "position_bits": examined.position.of(shown.code).bits,
-                "position_bits_shifted": examined.position.of(shown.code).bits_shifted,
+                "position_bits": position.of(shown.code).bits,
+                "position_bits_shifted": position.of(shown.code).bits_shifted,
                 "classes": [vars(share) for share in shown.classes],
                 "neighbours": [{"code": code, "cosine": cosine} for code, cosine in shown.neighbours],
             }

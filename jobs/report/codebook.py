@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -45,7 +45,7 @@ def codebook_page(
     facts.append(["dataset", dataset.fingerprint])
     colors = pictures.code_colors(codebook, examined.statistics.codebook_size)
     crops = [
-        picture_row({"image": place.pixels(), "codes": pictures.code_map(codes, colors)})
+        {"image": place.pixels(), "codes": pictures.code_map(codes, colors)}
         for place, codes in zip(sample.places[:CROPS], sample.codes, strict=False)
     ]
     sections = {
@@ -53,7 +53,7 @@ def codebook_page(
         + code_rows(dataset, examined.codes),
         "How often each code is used": usage_body(examined.statistics, examined.counts, "all stored crops"),
         "Where on the grid codes occur": _places_body(examined),
-        "Crops and their codes": html.grid(crops, min_width=300),
+        "Crops and their codes": picture_rows(crops),
         "Tokenizer": html.details("what the manifest says", html.table(["", "value"], facts)),
     }
     return html.page(_title(dataset), _lead(dataset, examined), sections, mark=MARK)
@@ -89,12 +89,13 @@ def code_rows(dataset: Dataset, codes: Sequence[ShownCode]) -> str:
     return "".join(_row_html(_code_row(dataset, code, CROP)) for code in codes)
 
 
-def picture_row(panels: dict[str, np.ndarray]) -> str:
+def picture_rows(rows: Sequence[Mapping[str, np.ndarray]]) -> str:
     """Pictures beside each other by what they show; maps of codes are one pixel per patch, drawn sharp."""
-    cells = [
-        html.image(pixels, name, width=PICTURE, photo="codes" not in name) for name, pixels in panels.items()
-    ]
-    return f'<div class="row" style="--columns:{len(cells)}">{"".join(cells)}</div>'
+    cells = [f'<div class="heads">{title}</div>' for title in rows[0]]
+    for row in rows:
+        for title, pixels in row.items():
+            cells.append(html.image(pixels, title, width=PICTURE, photo="codes" not in title))
+    return f'<div class="row" style="--columns:{len(rows[0])}">{"".join(cells)}</div>'
 
 
 # ------------------------------------------------------------------------------------------------ rows

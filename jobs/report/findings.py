@@ -48,7 +48,7 @@ class ReportConfig:
     predictions: int = 6
     """Images shown with mask, codes and predictions."""
     seed: int = 0
-    """Decides which patches are hidden."""
+    """Decides which crops and patches are shown, and which patches are hidden."""
 
     def __post_init__(self) -> None:
         for key in ("sample_images", "codes", "patches_per_code", "predictions"):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from jobs.report import html, pictures
-from jobs.report.codebook import CODE_WORDS, code_rows, picture_row, usage_body
+from jobs.report.codebook import CODE_WORDS, code_rows, picture_rows, usage_body
 from jobs.report.findings import Findings, ReportConfig, comparison_words, summary_rows
 from pipeline.training.metrics import METRICS_FILE
 from pretrain.evals.codebook import MIN_PATCHES, Likeness, show_codes
@@ -27,14 +29,12 @@ COUNTED_CROPS = 2_000_000
 MIN_IMAGES = 6
 """A code from fewer images of the sample is not shown with its patches."""
 
+_USAGE = "codebook_usage"
 CURVES = {
     "tokenizer": {
         "Tokenizer: reconstruction loss": (("training", "rec_loss"), ("held out", "val_rec_loss")),
         "Tokenizer: commitment loss": (("training", "emb_loss"), ("held out", "val_emb_loss")),
-        "Tokenizer: codebook usage": (
-            ("training", "train_codebook_usage"),
-            ("held out", "val_codebook_usage"),
-        ),
+        "Tokenizer: codebook usage": (("training", f"train_{_USAGE}"), ("held out", f"val_{_USAGE}")),
         "Tokenizer: perplexity": (("training", "train_perplexity"), ("held out", "val_perplexity")),
     },
     "backbone": {
@@ -67,24 +67,21 @@ def _curves(findings: Findings) -> str:
     charts, silent = [], []
     for name, titles in CURVES.items():
         records = findings.curves.get(name, [])
-        drawn = []
-        for title, lines in titles.items():
-            series = []
-            for label, key in lines:
-                # Figures of whole epochs are named after their split.
-                per_epoch = key.startswith(("train_", "val_"))
-                points = [
-                    (float(record["step"]), float(record[key]))
-                    for record in records
-                    if key in record and record["split"] == ("epoch" if per_epoch else "train")
-                ]
-                if points:
-                    series.append(html.Series(label=label, points=points, dashed=per_epoch))
-            drawn.append(html.line_chart(title, series, x_label="step"))
+        lines = {title: [_series(records, *line) for line in lines] for title, lines in titles.items()}
+        drawn = [html.line_chart(title, series, x_label="step") for title, series in lines.items()]
         charts += filter(None, drawn)
         if not any(drawn):
             silent.append(_not_shown(findings.absent.get(name, f"the {name} has no {METRICS_FILE}")))
     return (html.grid(charts, min_width=400) if charts else "") + "".join(silent)
+
+
+def _series(records: Sequence[Mapping[str, Any]], label: str, key: str) -> html.Series:
+    # Figures of whole epochs are named after their split.
+    split = "epoch" if key.startswith(("train_", "val_")) else "train"
+    points = [
+        (record["step"], record[key]) for record in records if key in record and record["split"] == split
+    ]
+    return html.Series(label=label, points=points, dashed=split == "epoch")
 
 
 # ------------------------------------------------------------------------------------------------ codes
@@ -146,46 +143,36 @@ def _predictions(config: ReportConfig, findings: Findings) -> str:
         size = findings.tokens.manifest.require_tokenizer().codebook_size
     colors = pictures.code_colors(codebook, size)
     meaning = "Colours are arbitrary." if codebook is None else "Similar codes have similar colours."
-    described = f"{len(examples.images)} {examples.origin}"
-
+    lead, key = f"{len(examples.images)} {examples.origin}", ""
     reason = _why_no_predictions(config, findings, examples)
     if reason is not None or config.backbone is None:
-        cells = [
-            picture_row({"image": image, "codes": pictures.code_map(codes, colors)})
+        lead += f" and their codes. {meaning} Predictions are not shown: {reason}."
+        rows = [
+            {"image": image, "codes": pictures.code_map(codes, colors)}
             for image, codes in zip(examples.images, examples.codes, strict=True)
         ]
-        lead = html.paragraph(f"{described} and their codes. {meaning}")
-        return (
-            lead
-            + html.grid(cells, min_width=300)
-            + html.paragraph(f"Predictions are not shown: {reason}.", "muted")
+    else:
+        made = pictures.predict(load_mim(config.backbone), examples.images, examples.codes, seed=config.seed)
+        heads = f"{100 * made.accuracy(made.guess):.1f} % of hidden codes guessed by the main head"
+        if made.guess_cls is not None:
+            heads += f", {100 * made.accuracy(made.guess_cls):.1f} % by the [CLS] head"
+        lead += ". The model sees the image with grey patches and guesses the codes of what is hidden. "
+        lead += f"{meaning} On these: {heads}."
+        key = (
+            f'<p class="heads">Last column: <i style="--c:rgb{pictures.RIGHT}"></i>guessed '
+            f'<i style="--c:rgb{pictures.WRONG}"></i>another code</p>'
         )
-
-    made = pictures.predict(load_mim(config.backbone), examples.images, examples.codes, seed=config.seed)
-    heads = f"{100 * made.accuracy(made.guess):.1f} % of hidden codes guessed by the main head"
-    if made.guess_cls is not None:
-        heads += f", {100 * made.accuracy(made.guess_cls):.1f} % by the [CLS] head"
-    lead = (
-        f"{described}. The model sees the image with grey patches and guesses the codes of what is hidden. "
-        f"{meaning} On these: {heads}."
-    )
-    key = (
-        f'<p class="heads">Last column: <i style="--c:rgb{pictures.RIGHT}"></i>guessed '
-        f'<i style="--c:rgb{pictures.WRONG}"></i>another code</p>'
-    )
-    rows = [
-        {
-            "image": image,
-            "what the model sees": pictures.masked_image(image, mask),
-            "codes": pictures.code_map(codes, colors),
-            "guessed codes": pictures.guess_map(mask, codes, guess, colors),
-            "right or wrong": pictures.verdict_map(image, mask, codes == guess),
-        }
-        for image, mask, codes, guess in zip(made.images, made.mask, made.codes, made.guess, strict=True)
-    ]
-    heading = "".join(f"<div>{title}</div>" for title in rows[0])
-    heading = f'<div class="row heads" style="--columns:{len(rows[0])}">{heading}</div>'
-    return html.paragraph(lead) + key + heading + "".join(map(picture_row, rows))
+        rows = [
+            {
+                "image": image,
+                "what the model sees": pictures.masked_image(image, mask),
+                "codes": pictures.code_map(codes, colors),
+                "guessed codes": pictures.guess_map(mask, codes, guess, colors),
+                "right or wrong": pictures.verdict_map(image, mask, codes == guess),
+            }
+            for image, mask, codes, guess in zip(made.images, made.mask, made.codes, made.guess, strict=True)
+        ]
+    return html.paragraph(lead) + key + picture_rows(rows)
 
 
 def _examples(config: ReportConfig, findings: Findings) -> _Examples | None:

@@ -39,6 +39,9 @@ def test_a_picture_is_a_pure_function_of_seed_and_index():
 
 @pytest.mark.parametrize("num_classes", [2, 5, drawing.MAX_CLASSES])
 def test_label_maps_hold_the_object_of_the_label_and_nothing_foreign(num_classes: int):
+    names = drawing.class_names(num_classes)
+    assert list(names) == sorted(set(names)) and len(names) == num_classes
+    assert len(drawing.label_palette(num_classes)) == 3 * len(drawing.label_names(num_classes))
     for index in range(2 * num_classes):
         picture = _draw(index, num_classes=num_classes)
         assert picture.label == index % num_classes
@@ -46,16 +49,6 @@ def test_label_maps_hold_the_object_of_the_label_and_nothing_foreign(num_classes
         values, counts = np.unique(picture.label_map, return_counts=True)
         assert set(values) <= {0, picture.label + 1, num_classes + 1}
         assert counts[values == picture.label + 1].sum() > 0.02 * 64 * 64
-
-
-def test_class_names_are_sorted_unique_and_need_shape_and_texture_together():
-    names = drawing.class_names(12)
-    assert list(names) == sorted(set(names)) and len(names) == 12
-    textures, shapes = zip(*(name.split("-") for name in names), strict=True)
-    assert {textures.count(texture) for texture in textures} == {3}
-    assert {shapes.count(shape) for shape in shapes} == {4}
-    assert len(set(drawing.class_names(drawing.MAX_CLASSES))) == len(drawing.SHAPES) * len(drawing.TEXTURES)
-    assert len(drawing.label_palette(12)) == 3 * len(drawing.label_names(12))
 
 
 @pytest.mark.parametrize("shape", drawing.SHAPES)
@@ -124,6 +117,9 @@ def test_raw_pixels_stay_below_twice_chance_and_local_structure_does_not():
 
 def test_the_folder_holds_what_was_drawn(tmp_path: Path):
     images = Path(draw_images(DrawConfig(output=str(tmp_path / "set"), **SMALL)))
+    poor = Path(draw_images(DrawConfig(output=str(tmp_path / "poor"), jpeg_quality=30, **SMALL)))
+    sizes = [sum(file.stat().st_size for file in folder.rglob("*.jpg")) for folder in (images, poor)]
+    assert sizes[1] < 0.5 * sizes[0]
     header = json.loads((tmp_path / "set" / "drawing.json").read_text())
     names = drawing.class_names(12)
     assert header["classes"] == list(names) == sorted(path.name for path in images.iterdir())
@@ -137,24 +133,13 @@ def test_the_folder_holds_what_was_drawn(tmp_path: Path):
         assert np.array_equal(np.asarray(label_map), picture.label_map)
 
 
-def test_a_finished_set_is_left_alone_and_another_configuration_refused(tmp_path: Path):
-    config = DrawConfig(output=str(tmp_path / "set"), **SMALL)
-    draw_images(config)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    draw_images(config)
-    with pytest.raises(InputError, match="seed: there 0, asked 1"):
-        draw_images(DrawConfig(output=config.output, seed=1, **SMALL))
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-
-
-def test_an_interrupted_or_damaged_set_is_completed_to_the_same_bytes(
+def test_an_interrupted_or_damaged_set_is_completed_and_a_finished_one_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = DrawConfig(output=str(tmp_path / "set"), **SMALL)
-    real, calls = drawing.draw, []
+    real = drawing.draw
 
     def dying(index: int, **arguments: int) -> drawing.Drawing:
-        calls.append(index)
         if index == 10:
             raise KeyboardInterrupt
         return real(index, **arguments)
@@ -163,16 +148,20 @@ def test_an_interrupted_or_damaged_set_is_completed_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         draw_images(config)
     monkeypatch.setattr(drawing, "draw", real)
-    assert calls and not (tmp_path / "set" / "drawing.json").exists()
+    assert not (tmp_path / "set" / "drawing.json").exists()
     draw_images(config)
+    draw_images(DrawConfig(output=str(tmp_path / "straight"), **SMALL))
     finished = _tree(tmp_path / "set")
-    straight = DrawConfig(output=str(tmp_path / "straight"), **SMALL)
-    draw_images(straight)
     assert finished == _tree(tmp_path / "straight")
 
     next((tmp_path / "set" / "images").rglob("*.jpg")).unlink()
     draw_images(config)
     assert _tree(tmp_path / "set") == finished
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    draw_images(config)
+    with pytest.raises(InputError, match="seed: there 0, asked 1"):
+        draw_images(DrawConfig(output=config.output, seed=1, **SMALL))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_an_output_that_holds_something_else_is_refused_untouched(tmp_path: Path):
@@ -190,12 +179,3 @@ def test_values_out_of_range_are_named(wrong: dict[str, int]):
     key = next(iter(wrong))
     with pytest.raises(InputError, match=f"--{key}"):
         DrawConfig(output="x", **wrong)
-
-
-def test_jpegs_have_the_asked_quality(tmp_path: Path):
-    sizes = {}
-    for quality in (30, 95):
-        root = tmp_path / str(quality)
-        draw_images(DrawConfig(output=str(root), num_images=2, num_classes=2, jpeg_quality=quality))
-        sizes[quality] = sum(path.stat().st_size for path in root.rglob("*.jpg"))
-    assert sizes[30] < 0.5 * sizes[95]
