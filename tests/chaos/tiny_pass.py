@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import storage
+from pipeline import remote, storage
 from pipeline.artifacts import sha256_hex
 from pipeline.cluster.config import ClusterConfig
 from pipeline.cluster.items import map_items
@@ -127,7 +127,7 @@ def source_of(sample_id: int) -> str:
 
 def tree(root: str) -> dict[str, bytes]:
     """Every finished object below a folder or URL, by relative path."""
-    return {found.url.removeprefix(root): storage.read(found.url) for found in storage.list_files(root)}
+    return {file.url.removeprefix(root): storage.read(file.url) for file in storage.list_files(root)}
 
 
 def check_receipts(root: str, plan: Plan) -> int:
@@ -163,7 +163,7 @@ class Steps:
     def __init__(self, fatal: int | None = None) -> None:
         self.count = 0
         self._fatal = fatal
-        self._files = {storage.__file__, commit.__file__}
+        self._files = {storage.__file__, remote.__file__, commit.__file__}
 
     def step(self) -> None:
         self.count += 1
