@@ -9,7 +9,6 @@ readers run in processes of their own, in which nothing else takes memory. What 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
@@ -64,20 +63,6 @@ class ScaleConfig:
     """Local folder to write below, such as one on a disk or in /dev/shm; null takes a temporary one."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Time and memory of a process: the largest resident set, in MB, after its imports and in all."""
-
-    shards: int
-    samples: int
-    imported_mb: float
-    peak_mb: float
-    plan_bytes: int = 0
-    pending_s: float = 0.0
-    finish_s: float = 0.0
-    open_s: float = 0.0
-
-
 def main(config: ScaleConfig) -> None:
     """Run all cases."""
     if config.root is not None:
@@ -98,8 +83,7 @@ def main(config: ScaleConfig) -> None:
         if config.manifest_shards:
             url = os.path.join(root, "manifest")
             table_bytes = _write_manifest(url, config.manifest_shards)
-            opened = _in_process("open_manifest", url)
-            emit("open a manifest", table_mb=table_bytes / 1e6, **dataclasses.asdict(opened))
+            emit("open a manifest", table_mb=table_bytes / 1e6, **_in_process("open_manifest", url))
 
 
 # ------------------------------------------------------------------------------------------------ write pass
@@ -148,7 +132,7 @@ class _Writer:
         return time.perf_counter()
 
 
-def _write_and_drive(url: str, shards: int, samples: int) -> Measured:
+def _write_and_drive(url: str, shards: int, samples: int) -> dict[str, float]:
     """Write all shards in this process, two at a time like any worker; then measure the driver's process."""
     began = time.perf_counter()
     plan = start(url, scale_plan(shards, samples))
@@ -174,12 +158,9 @@ def _write_and_drive(url: str, shards: int, samples: int) -> Measured:
     return measured
 
 
-def _emit_drivers(what: str, small: Measured, large: Measured) -> None:
-    pairs = {
-        name: [getattr(small, name), getattr(large, name)]
-        for name in ("shards", "samples", "pending_s", "finish_s", "plan_bytes", "imported_mb", "peak_mb")
-    }
-    emit(f"driver, {what}", **pairs, peak_ratio=large.peak_mb / small.peak_mb)
+def _emit_drivers(what: str, small: dict[str, float], large: dict[str, float]) -> None:
+    pairs = {name: [small[name], large[name]] for name in small}
+    emit(f"driver, {what}", **pairs, peak_ratio=large["peak_mb"] / small["peak_mb"])
 
 
 def _write_manifest(url: str, shards: int) -> int:
@@ -243,63 +224,45 @@ def _file_system(path: str) -> str:
 # ------------------------------------------------------------------------------------------------ processes
 
 
-def _in_process(function: str, *arguments: object) -> Measured:
-    """`drive` or `open_manifest` of this module in a new process."""
+def _in_process(function: str, *arguments: object) -> dict[str, float]:
+    """What `drive` or `open_manifest` of this module takes in a process of its own."""
     script = "import sys; from benchmarks import scale; scale.measure(*sys.argv[1:])"
     command = [sys.executable, "-c", script, function, *map(str, arguments)]
     answer = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    return Measured(**json.loads(answer.stdout.splitlines()[-1]))
+    return json.loads(answer.stdout.splitlines()[-1])
 
 
-def measure(function: str, *arguments: str) -> None:
-    """Print what a function took, as one line of JSON."""
-    match function, arguments:
-        case "drive", (url, shards, samples):
-            measured = drive(url, int(shards), int(samples))
-        case "open_manifest", (url,):
-            measured = open_manifest(url)
-        case _:
-            raise ValueError(f"nothing to measure is named {function}")
-    print(json.dumps(dataclasses.asdict(measured)))
-
-
-def drive(url: str, shards: int, samples: int) -> Measured:
-    """The driver of a pass: plan, look for what is missing, finish."""
+def measure(function: str, url: str, *sizes: str) -> None:
+    """Print what a function took, and the largest resident set after the imports and in all, in MB."""
     imported_mb = _peak_mb()
+    figures = drive(url, *map(int, sizes)) if function == "drive" else open_manifest(url)
+    print(json.dumps({**figures, "imported_mb": imported_mb, "peak_mb": _peak_mb()}))
+
+
+def drive(url: str, shards: int, samples: int) -> dict[str, float]:
+    """The driver of a pass: plan, look for what is missing, finish."""
     plan = start(url, scale_plan(shards, samples))
     began = time.perf_counter()
-    todo = unfinished(url, plan)
-    pending_s = time.perf_counter() - began
-    if len(todo):
-        raise RuntimeError(f"{len(todo)} shards of {url} are missing")
-    began = time.perf_counter()
+    if missing := len(unfinished(url, plan)):
+        raise RuntimeError(f"{missing} shards of {url} are missing")
+    looked = time.perf_counter()
     manifest = finish(url, plan, decode_crop)
-    return Measured(
-        shards=shards,
-        samples=manifest.samples_written,
-        imported_mb=imported_mb,
-        peak_mb=_peak_mb(),
-        plan_bytes=len(storage.read(storage.join(url, PLAN))),
-        pending_s=pending_s,
-        finish_s=time.perf_counter() - began,
-    )
+    return {
+        "shards": shards,
+        "samples": manifest.samples_written,
+        "plan_bytes": len(storage.read(storage.join(url, PLAN))),
+        "pending_s": looked - began,
+        "finish_s": time.perf_counter() - looked,
+    }
 
 
-def open_manifest(url: str) -> Measured:
+def open_manifest(url: str) -> dict[str, float]:
     """A reader's start: open, sizes of all shards, one shard's place and hashes."""
-    imported_mb = _peak_mb()
     began = time.perf_counter()
     dataset = open_dataset(url)
     samples = int(dataset.shard_sizes().sum())
     dataset.shard(0, dataset.num_shards // 2)
-    open_s = time.perf_counter() - began
-    return Measured(
-        shards=dataset.num_shards,
-        samples=samples,
-        imported_mb=imported_mb,
-        peak_mb=_peak_mb(),
-        open_s=open_s,
-    )
+    return {"shards": dataset.num_shards, "samples": samples, "open_s": time.perf_counter() - began}
 
 
 def _peak_mb() -> float:
