@@ -28,7 +28,7 @@ from benchmarks.timing import emit
 from pipeline import storage
 from pipeline.cluster.config import ClusterConfig
 from pipeline.config import run_job
-from shards.dataset.images import read_crops
+from shards.dataset.rows import read_rows
 from shards.format.plan import Item, Plan
 from shards.pixels.views import decode_crop
 from shards.writer.commit import finish, pending, receipt, start
@@ -133,7 +133,7 @@ def _stored_crops(root: str, plan: Plan, item: Item) -> torch.Tensor:
     written = receipt(root, plan, item)
     assert written is not None
     return torch.from_numpy(
-        np.stack([decode_crop(crop.image) for crop in read_crops(written.shard.resolved(root))])
+        np.stack([decode_crop(crop.image) for crop in read_rows(written.shard.resolved(root))])
     )
 
 

@@ -21,7 +21,7 @@ from pretrain.evals.codebook import (
     Likeness,
     examine_codebook,
 )
-from shards.dataset.crop_sample import draw_sample
+from shards.dataset.codes import draw_sample
 from shards.dataset.dataset import Dataset, open_dataset
 from tokenizer.model.artifact import load_vqkd, read_tokenizer
 

@@ -10,8 +10,7 @@ from PIL import Image
 from jobs.report import html, pictures
 from jobs.report.pictures import Row, Tile
 from pretrain.evals.codebook import PRIOR, ExaminedCodebook, ShownCode
-from shards.dataset.codes import SHIFTS
-from shards.dataset.crop_sample import CropSample
+from shards.dataset.codes import SHIFTS, CropSample
 from shards.dataset.dataset import Dataset
 from shards.dataset.summary import CodeStatistics
 

@@ -22,10 +22,10 @@ import torch
 
 from pipeline.threads import in_order
 from pipeline.training.metrics import Progress
-from shards.dataset.codes import CodeCounts, count_places_and_classes
-from shards.dataset.crop_sample import CropSample
+from shards.dataset.codes import CodeCounts, CropSample, count_places_and_classes
 from shards.dataset.dataset import Dataset
 from shards.dataset.summary import CodeStatistics, code_statistics
+from shards.pixels.views import decode_crop
 from tokenizer.model.hog import Hog
 
 # Shapes below: n images of S pixels a side, a square grid of N patches of P pixels a side, K codes, T values
@@ -172,7 +172,9 @@ class Likeness:
         progress = Progress("comparing patches", len(sample.places), "crops")
         for first in range(0, len(sample.places), CHUNK):
             places = sample.places[first : first + CHUNK]
-            self.add(first, np.stack(list(in_order(lambda place: place.pixels(), places, READ_THREADS))))
+            self.add(
+                first, np.stack(list(in_order(lambda place: decode_crop(place.read()), places, READ_THREADS)))
+            )
             progress.update(len(places))
         progress.close()
 

@@ -9,12 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
+from pipeline.errors import InputError
 from pipeline.training.metrics import Progress
 from shards.dataset.dataset import Dataset
-from shards.dataset.summary import add_codes, codebook_size
+from shards.dataset.rows import PLACE_COLUMNS, Place
+from shards.dataset.summary import add_codes, codebook_size, require_codes
 from shards.format.index import codes_of
 
+SAMPLED_SHARDS = 64
+"""Shards that a sample of crops is drawn from, whose indexes are read; more where these hold too little."""
 UNLABELLED = -1
 SHIFTS = 4
 """So many times each grid is shifted: one alone scatters where codes are few."""
@@ -95,3 +100,37 @@ def _shifted_places(crops: int, grid: tuple[int, int], rng: np.random.Generator)
     down, right = rng.integers(0, rows, (crops, 1)), rng.integers(0, columns, (crops, 1))
     row, column = np.divmod(np.arange(rows * columns), columns)
     return (row + down) % rows * columns + (column + right) % columns
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CropSample:
+    """Crops of view 0, so of n different images, by id: codes uint16 [n, N], and where each crop lies."""
+
+    codes: np.ndarray
+    places: tuple[Place, ...]
+
+
+def draw_sample(dataset: Dataset, number: int, *, seed: int) -> CropSample:
+    """Up to `number` crops of view 0, a pure function of dataset, number and seed; no pixels are read."""
+    sizes = dataset.shard_sizes(0)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(sizes))
+    enough = int(np.searchsorted(np.cumsum(sizes[order]), number)) + 1
+    numbers = np.sort(order[: max(SAMPLED_SHARDS, enough)])
+    ends = np.cumsum(sizes[numbers])
+    crops = int(ends[-1]) if len(ends) else 0
+    if crops == 0:
+        raise InputError(f"{dataset.url} holds no crops: every image was rejected")
+    drawn = np.sort(rng.choice(crops, min(number, crops), replace=False))
+    codes: list[np.ndarray] = []
+    places: list[Place] = []
+    for i, end, size in zip(numbers.tolist(), ends.tolist(), sizes[numbers].tolist(), strict=True):
+        rows = drawn[(drawn >= end - size) & (drawn < end)] - (end - size)
+        if len(rows) == 0:
+            continue
+        table, shard = dataset.read_index(0, i, (*PLACE_COLUMNS, "codes")), dataset.shard(0, i)
+        codes.append(codes_of(table)[rows])
+        require_codes(codes[-1], codebook_size(dataset), shard)
+        chosen = table.select(PLACE_COLUMNS).take(pa.array(rows))
+        places += [Place.of(shard, record) for record in chosen.to_pylist()]
+    return CropSample(codes=np.concatenate(codes), places=tuple(places))

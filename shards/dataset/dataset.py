@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.artifacts import fingerprint
 from pipeline.errors import InputError
-from shards.dataset.rows import Decode, probe_shard, read_checked, read_shard_index
+from shards.dataset.rows import Decode, Row, probe_shard, read_checked, read_rows, read_shard_index
 from shards.format.index import as_numpy, index_schema
 from shards.format.manifest import (
     HASH_COLUMNS,
@@ -246,6 +247,14 @@ class Dataset:
             raise InputError(f"{layer.index} holds other samples than {shard.index}; verify the dataset")
         table = table.append_column(schema.field("codes"), added.column("codes"))
         return table.select(wanted).replace_schema_metadata(schema.metadata)
+
+    def read_images(self, first_id: int, end_id: int) -> Iterator[Row]:
+        """The images of view 0 with ids in [first_id, end_id), each checked; one shard at a time is read."""
+        first_ids, _ = self.id_ranges()
+        number = bisect_right(first_ids, first_id) - 1
+        while number < self.num_shards and first_ids[number] < end_id:
+            yield from read_rows(self.shard(0, number), ids=range(first_id, end_id))
+            number += 1
 
     def index_files(self, view: int | None = None) -> list[str]:
         """The index files that the manifests name, of one view or of all: give them to `pyarrow.dataset`.

@@ -191,7 +191,7 @@ def summarize(dataset: Dataset) -> DatasetSummary:
         for shard in dataset.shards(view):
             if shard.tar != last_foreign:  # ranges of one tar indexed in place follow each other
                 tar_bytes += shard.tar_bytes
-                last_foreign = shard.tar if shard.is_foreign else ""
+                last_foreign = shard.tar if shard.in_place else ""
             index_bytes += shard.index_bytes
             rejects_bytes += shard.rejects_bytes or 0
             table = dataset.read_index(view, shard.number, columns)

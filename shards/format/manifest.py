@@ -68,20 +68,15 @@ class ShardInfo:
         return shard_name(self.view, self.number)
 
     @property
-    def is_foreign(self) -> bool:
+    def in_place(self) -> bool:
         """True where the tar is somebody else's: check version and per-image hashes, not one hash."""
         return self.tar_sha256 is None
-
-    @property
-    def is_borrowed(self) -> bool:
-        """True where the tar belongs to another part of the dataset (only in what is stored)."""
-        return self.tar.startswith("../")
 
     def resolved(self, root: str) -> ShardInfo:
         """The same with complete URLs."""
         return dataclasses.replace(
             self,
-            tar=self.tar if self.is_foreign else _resolved(root, self.tar),
+            tar=self.tar if self.in_place else _resolved(root, self.tar),
             index=storage.join(root, self.index),
             rejects=None if self.rejects is None else storage.join(root, self.rejects),
         )

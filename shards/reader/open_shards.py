@@ -21,7 +21,7 @@ from pipeline.artifacts import sha256_hex
 from pipeline.errors import InputError
 from pipeline.remote import StoreError
 from shards.dataset.dataset import Dataset
-from shards.dataset.rows import check_foreign_tar
+from shards.dataset.rows import check_in_place
 from shards.format.build import MAX_SHARD_BYTES
 from shards.format.index import codes_of
 from shards.format.manifest import DamageError, ShardInfo
@@ -155,7 +155,7 @@ class OpenShards:
         columns = [*_PLACE_COLUMNS]
         if self._dataset.kind == "tokens":
             columns.append("codes")
-        if info.is_foreign:
+        if info.in_place:
             columns.append("image_hash")
         with named_failures(info):
             table = self._dataset.read_index(view, number, columns)
@@ -180,14 +180,14 @@ class OpenShards:
             # Lists: one sample is looked up ten times faster than in an array.
             starts=starts.tolist(),
             ends=(starts + lengths).tolist(),
-            hashes=table.column("image_hash").to_pylist() if info.is_foreign else None,
+            hashes=table.column("image_hash").to_pylist() if info.in_place else None,
             payload=memoryview(file.payload),
         )
 
     def _file(self, info: ShardInfo, first: int, end: int) -> tuple[MappedFile, int]:
         """A file that holds the bytes [first, end) of the tar, checked, and where in the tar it starts."""
-        if info.is_foreign:
-            check_foreign_tar(info)
+        if info.in_place:
+            check_in_place(info)
             if storage.is_local(info.tar):
                 return _mapped(info), 0
             place = f"{info.tar} {info.tar_version} {first} {end}"
@@ -271,7 +271,7 @@ def _mapped(info: ShardInfo) -> MappedFile:
             if found.st_size != info.tar_bytes:
                 raise _damaged(info, f"{found.st_size} bytes")
             # A tar indexed in place may be of any size, and a shard only a part of it.
-            return map_file(file.fileno(), info.tar, was_here=True, read_now=not info.is_foreign)
+            return map_file(file.fileno(), info.tar, was_here=True, read_now=not info.in_place)
     except FileNotFoundError:
         raise _missing(info) from None
 

@@ -108,7 +108,7 @@ def _repair_shard(part: OpenedPart, problems: Sequence[Problem], make_item: Make
     shard = _shard_of(part, problems[0])
     lost = {problem.kind for problem in problems}
     try:
-        if shard.is_foreign and "tar" in lost:
+        if shard.in_place and "tar" in lost:
             raise InputError("the tar is not ours; bring the old one back, or prepare again")
         if part.plan is None:
             raise InputError("its plan is lost, too; copy that from another copy of the dataset first")

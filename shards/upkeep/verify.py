@@ -30,9 +30,8 @@ from pipeline.errors import InputError
 from pipeline.threads import in_order
 from pipeline.training.metrics import Progress
 from shards.dataset.dataset import views_url
-from shards.dataset.images import read_rows
 from shards.dataset.parts import places
-from shards.dataset.rows import check_foreign_tar, pixels_hash
+from shards.dataset.rows import check_in_place, pixels_hash, read_rows
 from shards.format.index import IndexFormatError, codes_of, read_index, read_rejects
 from shards.format.manifest import MANIFEST, ShardInfo
 from shards.pixels.decode import Rejected
@@ -301,7 +300,7 @@ class ShardChecker:
         reasons = self._check_rejects_and_receipt(objects, stored, shard)
         index = self._read_index(objects, shard)
         images: Iterable[bytes] | None = None
-        if manifest.kind != "codes" and shard.is_foreign:
+        if manifest.kind != "codes" and shard.in_place:
             images = self._images_in_place(objects, shard, index)
         elif manifest.kind != "codes":
             data = objects.read("tar", shard.tar, shard.tar_bytes, shard.tar_sha256 or "")
@@ -367,10 +366,10 @@ class ShardChecker:
         """The images of a tar that is still the one that was indexed, each with the bytes it had then."""
         objects.count += 1
         try:
-            check_foreign_tar(shard)
+            check_in_place(shard)
             if index is None:
                 return None
-            images = [sample.image for sample in read_rows(shard, shard.first_id, shard.end_id)]
+            images = [row.image for row in read_rows(shard)]
         except InputError as error:
             what = str(error).partition("; ")[0].removeprefix(f"{shard.tar}, ")
             return objects.damaged("tar", shard.tar, what, BRING_BACK)

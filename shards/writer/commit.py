@@ -27,7 +27,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.artifacts import canonical_json, code_version, differences, sha256_hex
 from pipeline.errors import InputError
-from shards.dataset.rows import Decode, check_foreign_tar, probe_shard
+from shards.dataset.rows import Decode, check_in_place, probe_shard
 from shards.format.build import BuiltShard
 from shards.format.index import FORMAT_VERSION
 from shards.format.manifest import (
@@ -345,7 +345,7 @@ def _belongs(held: Receipt, plan: Plan, item: Item) -> bool:
     """Whether a receipt is of this item, and its objects have the names that their hashes give them."""
     shard = held.shard
     theirs = (held.plan, shard.view, shard.number, shard.first_id, shard.end_id)
-    own_tar = plan.kind == "tokens" or (plan.kind == "images" and not shard.is_foreign)
+    own_tar = plan.kind == "tokens" or (plan.kind == "images" and not shard.in_place)
     return (
         theirs == (plan.fingerprint, item.view, item.number, item.first_id, item.end_id)
         and shard.index == f"index/{item.name}-{shard.index_sha256[:8]}.parquet"
@@ -359,7 +359,7 @@ def _missing_object(root: str, held: Receipt) -> str | None:
     """The URL of an object that a receipt names and that is absent or has another size."""
     shard = held.shard.resolved(root)
     objects: list[tuple[str, int | None]] = [(shard.index, shard.index_bytes)]
-    if not shard.is_foreign:
+    if not shard.in_place:
         objects.append((shard.tar, shard.tar_bytes))
     if shard.rejects is not None:
         objects.append((shard.rejects, shard.rejects_bytes))
@@ -456,8 +456,8 @@ def collect(root: str, plan: Plan, *, objects: bool = True) -> Summary:
                 f"{item.name}: {shard.samples} written and {sum(held.rejected.values())} rejected, "
                 f"but {item.samples} were read"
             )
-        if objects and shard.is_foreign and shard.tar != foreign:  # ranges of one tar follow each other
-            check_foreign_tar(shard)
+        if objects and shard.in_place and shard.tar != foreign:  # ranges of one tar follow each other
+            check_in_place(shard)
             foreign = shard.tar
         writer.append(shard)
         written[item.view - plan.first_view] += shard.samples

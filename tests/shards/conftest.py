@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.cluster.config import ClusterConfig
 from shards.dataset.dataset import Dataset, layer_url, open_dataset, open_table, views_url
-from shards.dataset.images import read_crops, read_images
+from shards.dataset.rows import read_rows
 from shards.format.build import BuiltShard, ForeignTar, build_shard
 from shards.format.manifest import Manifest, Recipe, TokenizerSpec
 from shards.format.plan import items
@@ -190,7 +190,7 @@ def crop_shard(
     policy = ViewPolicy(**plan.recipe.require_views())
     samples: list[StoredSample] = []
     rejects: list[RejectedSample] = []
-    for image in read_images(images, item.first_id, item.end_id):
+    for image in images.read_images(item.first_id, item.end_id):
         try:
             pixels = decode_image(image.image, _DECODE)
         except Rejected as error:
@@ -239,7 +239,7 @@ def _write_layer(root: str, first_view: int) -> None:
 def layer_shard(root: str, plan: Plan, item: Item) -> BuiltShard:
     """A shard of the code layer of the dataset at `root`."""
     shard = open_table(views_url(root, plan.first_view)).shard(item.view - plan.first_view, item.number)
-    crops = list(read_crops(shard))
+    crops = list(read_rows(shard))
     codes = np.array([fake_codes(decode_crop(crop.image)) // 2 for crop in crops], np.uint16)
     ids = np.array([crop.sample_id for crop in crops], np.int64)
     codes = codes.reshape(len(ids), 4)

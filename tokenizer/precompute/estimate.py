@@ -19,8 +19,8 @@ from pipeline.config import absolute_places
 from pipeline.errors import InputError
 from pipeline.training.metrics import duration
 from shards.dataset.dataset import Dataset, open_dataset
-from shards.dataset.images import read_rows
 from shards.dataset.parts import PLAN, read_plan, views_in_words
+from shards.dataset.rows import read_rows
 from shards.format.plan import Plan
 from shards.format.records import RejectedSample
 from shards.pixels.views import decode_crop
@@ -184,7 +184,7 @@ def _measure(config: PrecomputeConfig, plan: Plan, dataset: Dataset) -> _Sample:
     filled = np.flatnonzero(dataset.shard_sizes(0))
     for place in np.linspace(0, len(filled) - 1, min(SAMPLED_SHARDS, len(filled))):
         shard = dataset.shard(0, int(filled[int(place)]))
-        for image in read_rows(shard, shard.first_id, min(shard.end_id, shard.first_id + SAMPLED_PER_SHARD)):
+        for image in read_rows(shard, range(min(shard.samples, SAMPLED_PER_SHARD))):
             began = time.perf_counter()
             made = None if crop is None else crop(plan.first_view, image)
             if isinstance(made, RejectedSample):

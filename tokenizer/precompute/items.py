@@ -21,7 +21,7 @@ import torch
 from pipeline.errors import InputError
 from pipeline.threads import in_order_on
 from shards.dataset.dataset import open_dataset, open_table, views_url
-from shards.dataset.images import ImageSample, read_crops, read_images
+from shards.dataset.rows import Row, read_rows
 from shards.format.build import BuiltShard, build_shard
 from shards.format.plan import Item, Plan
 from shards.format.records import RejectedSample, StoredSample
@@ -133,7 +133,7 @@ class CropMaker:
 
         def pixels() -> Iterator[np.ndarray]:
             # Source images are read shard by shard and dropped after cropping: what stays are the crops.
-            sources = read_images(self._images, item.first_id, item.end_id)
+            sources = self._images.read_images(item.first_id, item.end_id)
             crop = functools.partial(self._crop, item.view)
             for made in in_order_on(self._threads, crop, sources, _ahead(self._plan)):
                 if isinstance(made, RejectedSample):
@@ -178,7 +178,7 @@ class Cropper:
         policy = ViewPolicy(**recipe.require_views())
         return cls(policy=policy, decode=decode_config_of(recipe.require_decode()))
 
-    def __call__(self, view: int, image: ImageSample) -> Crop | RejectedSample:
+    def __call__(self, view: int, image: Row) -> Crop | RejectedSample:
         try:
             pixels = decode_image(image.image, self.decode)
         except Rejected as error:
@@ -220,7 +220,7 @@ class LayerMaker:
     def make(self, item: Item) -> BuiltShard:
         """The shard of an item."""
         shard = self._crops.shard(item.view - self._plan.first_view, item.number)
-        crops = list(read_crops(shard))
+        crops = list(read_rows(shard))
         images = [crop.image for crop in crops]
         codes = self._encoder.encode(in_order_on(self._threads, decode_crop, images, _ahead(self._plan)))
         ids = np.array([crop.sample_id for crop in crops], np.int64)

@@ -6,7 +6,6 @@ and a code may differ where two are as good as equally near: it is sound within 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -14,12 +13,11 @@ from importlib import metadata
 import numpy as np
 import torch
 
-from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.threads import in_order
 from pipeline.training.metrics import Progress
 from shards.dataset.dataset import ShardTable, views_url
-from shards.dataset.rows import read_shard_index
+from shards.dataset.rows import read_rows, read_shard_index
 from shards.format.index import codes_of
 from shards.format.manifest import Manifest, ShardInfo
 from shards.pixels.views import decode_crop
@@ -186,16 +184,12 @@ def _shard_pairs(
 
 def _read_crops(crops: ShardInfo, codes: ShardInfo, share: float) -> StoredCrops:
     """Chosen rows of one shard; only their images are read, each checked by its hash."""
-    index = read_shard_index(crops, ("key", "sample_id", "image_offset", "image_bytes", "image_hash"))
-    rows = np.flatnonzero(is_chosen(index.column("sample_id").to_numpy(), share))
-    pixels: list[np.ndarray] = []
-    for row in index.take(rows).to_pylist():
-        data = storage.read(crops.tar, row["image_offset"], row["image_bytes"])
-        if hashlib.sha256(data).digest() != row["image_hash"]:
-            raise InputError(f"{crops.tar} of shard {crops.name} is damaged at {row['key']}; repair it")
-        pixels.append(decode_crop(data))
+    ids = read_shard_index(crops, ("sample_id",)).column("sample_id").to_numpy()
+    chosen = list(read_rows(crops, np.flatnonzero(is_chosen(ids, share))))
+    rows = [row.row for row in chosen]
+    pixels = [decode_crop(row.image) for row in chosen]
     return StoredCrops(
-        keys=index.column("key").take(rows).to_pylist(),
+        keys=[row.key for row in chosen],
         pixels=np.stack(pixels) if pixels else np.empty((0, 0, 0, 3), np.uint8),
         codes=codes_of(read_shard_index(codes, ("codes",)))[rows],
     )

@@ -16,8 +16,8 @@ from pipeline.artifacts import canonical_json, differences
 from pipeline.config import to_dict
 from pipeline.errors import InputError
 from shards.dataset.dataset import Dataset, layer_url, open_dataset, open_table, views_url
-from shards.dataset.images import sample_ids
 from shards.dataset.parts import read_plan, views_in_words
+from shards.dataset.rows import read_shard_index
 from shards.format.manifest import MANIFEST, EncodeRecipe, Recipe
 from shards.format.plan import Plan
 from shards.writer.layers import layer_plan
@@ -117,7 +117,8 @@ def _ranges(images: Dataset, samples_per_shard: int) -> tuple[tuple[int, ...], t
     samples: list[int] = []
     for number, (first_id, size) in enumerate(zip(edges[:-1], sizes, strict=True)):
         if size > samples_per_shard:
-            ids = sample_ids(images.shard(0, number))
+            index = read_shard_index(images.shard(0, number), ("sample_id",))
+            ids = index.column("sample_id").to_numpy()
             cuts = range(0, size, -(-size // -(-size // samples_per_shard)))
             first_ids += [first_id, *(int(ids[cut]) for cut in cuts[1:])]
             samples += [min(cuts.step, size - cut) for cut in cuts]

@@ -26,7 +26,6 @@ from PIL import Image
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from shards.dataset.dataset import Dataset, open_dataset
-from shards.dataset.images import read_images as read_stored
 from shards.format.tar import BLOCK
 from shards.pixels.decode import Rejected
 from shards.sources.listing import SourceConfig, list_sources, read_sources
@@ -89,7 +88,7 @@ def outcome(url: Path) -> list[tuple[str, str | None]]:
 def fates(dataset: Dataset) -> list[tuple[str, str]]:
     """(source, `written` or the reason) of all that went in, sorted."""
     ids, _ = dataset.id_ranges()
-    found = [(sample.source, "written") for sample in read_stored(dataset, ids[0], ids[-1])]
+    found = [(sample.source, "written") for sample in dataset.read_images(ids[0], ids[-1])]
     assert len(found) == dataset.manifest.samples_written
     for shard in dataset.shards():
         if shard.rejects is not None:

@@ -568,7 +568,7 @@ def test_a_foreign_tar_is_referred_to_and_a_change_of_it_is_an_error(
     assert list(pending(root, plan)) == []
     finish(root, plan, decode_crop)
     shard = open_dataset(root).shard(0, 1)
-    assert (shard.tar, shard.tar_bytes, shard.tar_sha256, shard.tar_version, shard.is_foreign) == (
+    assert (shard.tar, shard.tar_bytes, shard.tar_sha256, shard.tar_version, shard.in_place) == (
         str(tar),
         found.bytes,
         None,

@@ -306,7 +306,7 @@ def test_tars_are_indexed_where_they_are(tmp_path):
     }
     assert stored(dataset) == expected
     for shard in dataset.shards():
-        assert shard.is_foreign and shard.tar_bytes == os.path.getsize(shard.tar)
+        assert shard.in_place and shard.tar_bytes == os.path.getsize(shard.tar)
         assert shard.samples + shard.rejected <= 5
         assert {row["source"].split("#")[0] for row in read_shard_index(shard).to_pylist()} <= {shard.tar}
     for row in rows(dataset):

@@ -15,7 +15,6 @@ import torch
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from shards.dataset.dataset import Dataset, layer_url, open_dataset
-from shards.dataset.images import read_images
 from shards.dataset.parts import parts, read_plan
 from shards.dataset.rows import read_shard_index
 from shards.format.index import codes_of
@@ -77,7 +76,7 @@ def test_codes_are_those_of_the_stored_pixels_and_crops_those_of_the_policy(
 ) -> None:
     """Guarantee *pairing*, by a slow straight reference: one image at a time, no batches, no threads."""
     dataset, tokenizer = open_dataset(token_shards), VisualTokenizer.load(tokenizer_url)
-    sources = {sample.sample_id: sample for sample in read_images(open_dataset(image_shards), 0, 1000)}
+    sources = {sample.sample_id: sample for sample in open_dataset(image_shards).read_images(0, 1000)}
     policy = POLICY.resolve(32)
     seen = set()
     for view in range(2):
