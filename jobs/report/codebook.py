@@ -13,6 +13,7 @@ from pretrain.evals.codebook import PRIOR, ExaminedCodebook, ShownCode
 from shards.dataset.codes import SHIFTS, CropSample
 from shards.dataset.dataset import Dataset
 from shards.dataset.summary import CodeStatistics
+from shards.pixels.views import decode_crop
 
 MARK = "<!-- written by jobs.visualize_codebook -->"
 CROP, SHEET_CROP = 128, 102
@@ -44,7 +45,7 @@ def codebook_page(
     facts.append(["dataset", dataset.fingerprint])
     colors = pictures.code_colors(codebook, examined.statistics.codebook_size)
     crops = [
-        {"image": place.pixels(), "codes": pictures.code_map(codes, colors)}
+        {"image": decode_crop(place.read()), "codes": pictures.code_map(codes, colors)}
         for place, codes in zip(sample.places[:CROPS], sample.codes, strict=False)
     ]
     sections = {

@@ -20,7 +20,7 @@ from shards.dataset.codes import draw_sample
 from shards.dataset.dataset import Dataset
 from shards.dataset.summary import code_statistics, count_codes
 from shards.pixels.crops import FreshCrops
-from shards.pixels.views import CENTER_FRACTION, ViewPolicy
+from shards.pixels.views import CENTER_FRACTION, ViewPolicy, decode_crop
 from shards.reader.reader import Batches, ShardReader
 from tokenizer.model.artifact import VisualTokenizer, load_vqkd, read_tokenizer
 
@@ -193,7 +193,7 @@ def _examples(config: ReportConfig, findings: Findings) -> _Examples | None:
         return None
     sample = draw_sample(findings.tokens, config.predictions, seed=config.seed)
     return _Examples(
-        images=np.stack([place.pixels() for place in sample.places]),
+        images=np.stack([decode_crop(place.read()) for place in sample.places]),
         codes=sample.codes.astype(np.int64),
         origin="stored crops of the training set",
         tokenizer=str(findings.tokens.manifest.require_tokenizer().artifact_fingerprint),

@@ -280,7 +280,7 @@ def show_codes(
             images=int(likeness.images_per_code[code]),
             share=float(likeness.patches_per_code[code] / sample.codes.size),
             examples=tuple(
-                Example(key=places[image].key, patch=patch, pixels=places[image].pixels())
+                Example(key=places[image].key, patch=patch, pixels=decode_crop(places[image].read()))
                 for image, patch in choose_patches(sample.codes == code, patches_per_code, seed=(seed, code))
             ),
         )
