@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.errors import InputError
+
 _CHUNK_BYTES = 16 << 20
 """Float32 features per chunk where no batch size is given."""
 _RESIDENT_BYTES = 8 << 30
@@ -26,15 +28,28 @@ Edge = Literal["highest", "lowest"] | None
 # Shapes below: n images, D numbers an image, C classes, L learning rates, b images of a batch.
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Settings of the classifiers' training and of the choice among them: fields of `ProbeConfig`."""
+    """Settings of the classifiers' training and of the choice among them."""
 
-    lrs: tuple[float, ...]
-    epochs: int
-    batch_size: int
-    holdout: float
-    seed: int
+    lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    """Learning rates to choose from; the table says where the chosen one is the highest or the lowest."""
+    epochs: int = 50
+    """Passes over the features."""
+    batch_size: int = 256
+    """Features per step of the classifier."""
+    holdout: float = 0.2
+    """Share of the training images on which the learning rate is chosen."""
+    seed: int = 0
+    """Decides the held-out part, the order of features, and the weights of the untrained backbone."""
+
+    def __post_init__(self) -> None:
+        if not self.lrs or min(self.lrs) <= 0:
+            raise InputError(f"lrs is {list(self.lrs)}; give one or more positive learning rates")
+        if min(self.epochs, self.batch_size) < 1:
+            raise InputError("epochs and batch_size must be at least 1")
+        if not 0 < self.holdout < 1:
+            raise InputError(f"holdout is {self.holdout}; give a share between 0 and 1, such as 0.2")
 
     def edge(self, lr: float) -> Edge:
         """The end of this sweep at which a rate lies."""

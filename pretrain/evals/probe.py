@@ -48,7 +48,7 @@ _VERDICTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
+class ProbeConfig(Sweep):
     """Measure a pretrained backbone by its frozen features: top-1 of a linear classifier, and of k-NN.
 
     Train and val are image shards with labels. Without labels the probe is skipped, with its reason.
@@ -71,16 +71,6 @@ class ProbeConfig:
     """Image shards the accuracy is measured on."""
     output: str = field(metadata=PLACE)
     """Where probe.json goes: a folder or any fsspec URL."""
-    lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-    """Learning rates to choose from; the table says where the chosen one is the highest or the lowest."""
-    epochs: int = 50
-    """Passes over the features."""
-    batch_size: int = 256
-    """Features per step of the classifier."""
-    holdout: float = 0.2
-    """Share of the training images on which the learning rate is chosen."""
-    seed: int = 0
-    """Decides the held-out part, the order of features, and the weights of the untrained backbone."""
     untrained_baseline: bool = True
     """Probe the same backbone with fresh weights too."""
     pixel_baseline: bool = True
@@ -100,23 +90,13 @@ class ProbeConfig:
     """The probe is one process: 0 runs it here, 1 or more on a worker, with a GPU where there is one."""
 
     def __post_init__(self) -> None:
-        if not self.lrs or min(self.lrs) <= 0:
-            raise InputError(f"lrs is {list(self.lrs)}; give one or more positive learning rates")
-        if min(self.epochs, self.batch_size, self.images_per_batch) < 1:
-            raise InputError("epochs, batch_size and images_per_batch must be at least 1")
-        if not 0 < self.holdout < 1:
-            raise InputError(f"holdout is {self.holdout}; give a share between 0 and 1, such as 0.2")
+        super().__post_init__()
+        if self.images_per_batch < 1:
+            raise InputError(f"images_per_batch is {self.images_per_batch}; give at least 1")
         if any(k < 1 for k in self.knn):
             raise InputError(
                 f"knn is {list(self.knn)}; give numbers of neighbours from 1 on, or an empty list"
             )
-
-    @property
-    def sweep(self) -> Sweep:
-        """The settings of the classifiers' training."""
-        return Sweep(
-            lrs=self.lrs, epochs=self.epochs, batch_size=self.batch_size, holdout=self.holdout, seed=self.seed
-        )
 
 
 # ------------------------------------------------------------------------------------------------ result
@@ -334,7 +314,7 @@ def probe_features(
     for name in (name for name in names if name in train.inputs):
         bank = LabelledFeatures(train.inputs[name], train_labels, len(classes))
         queries = LabelledFeatures(val.inputs[name], val_labels, len(classes))
-        scores[name], correct[name] = probe_input(name, bank, queries, config.sweep, device)
+        scores[name], correct[name] = probe_input(name, bank, queries, config, device)
         if config.knn and name != PIXELS:
             neighbours += knn_scores(name, bank, queries, config.knn, device)
 

@@ -265,6 +265,7 @@ def evaluate_robustness(config: RobustnessConfig) -> None:
     sets = [prepare(images, storage.join(prepared, images.name), config.cluster) for images in sets]
     passes = plan_passes(config, sets, outputs, table)
     hits = dict(map_items(passes, functools.partial(make_runner, config, crops), config.cluster))
+    assert crops.center_fraction is not None
     result = RobustnessResult(
         image_size=crops.policy.side,
         center_fraction=crops.center_fraction,

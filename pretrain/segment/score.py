@@ -47,7 +47,8 @@ class Score:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Score:
         """The score that `to_json` wrote."""
-        return Score(**{key: tuple(x) if isinstance(x, list) else x for key, x in values.items()})
+        fields: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
+        return Score(**fields)
 
     def to_json(self) -> dict[str, Any]:
         """The score for the artifact's header."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config import run_job
+from pipeline.config import parse
+from pipeline.errors import InputError
 from pretrain.evals.robustness import RobustnessConfig, evaluate_robustness
 from pretrain.model.artifacts import save_classifier
 from pretrain.model.backbone import BackboneConfig
@@ -52,29 +52,17 @@ def test_the_command_line(places: dict[str, str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--corruptions", "fog"], "corruptions names 'fog'"),
         (["--imagenet_r", "{clean}"], "does not know n01443537, "),
         (["--strengths", "mine", "--corruptions", "jpeg"], "strengths"),
     ],
 )
-def test_bad_input_is_one_line_and_nothing_is_written(
-    places: dict[str, str],
-    arguments: list[str],
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_bad_input_is_an_error_and_nothing_is_written(
+    places: dict[str, str], arguments: list[str], message: str
 ) -> None:
-    given = [argument.format(**places) for argument in arguments]
-    monkeypatch.setattr(
-        sys, "argv", ["job", *(f"--{name}={place}" for name, place in places.items()), *given]
-    )
-    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
-    monkeypatch.setattr("faulthandler.enable", lambda: None)  # wants a real stderr
-    with pytest.raises(SystemExit) as ended:
-        run_job(evaluate_robustness, RobustnessConfig)
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.count("\n") == 1
-    assert re.search(said, error)
-    assert not Path(places["output"]).exists()
+    words = [*(f"--{name}={place}" for name, place in places.items()), *arguments]
+    with pytest.raises(InputError, match=message) as error:
+        evaluate_robustness(parse(RobustnessConfig, [word.format(**places) for word in words]))
+    assert "\n" not in str(error.value) and not Path(places["output"]).exists()

@@ -76,13 +76,7 @@ def test_pairs_are_found_by_name_in_subfolders_and_on_urls() -> None:
     for key in ("b", "town/a.b", "town/c"):
         storage.put(f"{root}/images/{key}.jpg", b"1")
         storage.put(f"{root}/labels/{key}.PNG", b"2")
-    for other in (
-        "images/.cache/x.png",
-        "images/._b.jpg",
-        "images/readme.txt",
-        "images/b",
-        "labels/Thumbs.db",
-    ):
+    for other in ("images/.cache/x.png", "images/._b.jpg", "images/readme.txt", "images/b", "labels/x.db"):
         storage.put(f"{root}/{other}", b"3")
     pairs = list_pairs(f"{root}/images", f"{root}/labels/")
     assert [pair.key for pair in pairs] == ["b", "town/a.b", "town/c"]
@@ -107,11 +101,8 @@ def test_missing_and_double_partners_are_named(
         storage.put(str(tmp_path / added), b"")
     with pytest.raises(InputError, match=said):
         list_pairs(images, labels)
-
-
-def test_empty_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no images in .*nowhere"):
-        list_pairs(str(tmp_path / "nowhere"), str(tmp_path))
+        list_pairs(str(tmp_path / "nowhere"), labels)
 
 
 def _grey_png(values: np.ndarray, bits: int) -> bytes:
@@ -219,15 +210,10 @@ def test_resized_sizes_keep_proportions_within_both_sides() -> None:
     assert policy.resized(1024, 768, 0.5) == (341, 256)
     assert policy.resized(100, 1000, 2.0) == (410, 4096)
     assert CropPolicy(short_side=512, long_side=None).resized(100, 1000) == (512, 5120)
-    for broken in (
-        {"size": 0},
-        {"long_side": 100},
-        {"ratio_range": (0.0, 1.0)},
-        {"cat_max_ratio": 0.0},
-        {"hflip_prob": 1.5},
-    ):
-        with pytest.raises(InputError, match=next(iter(broken))):
-            CropPolicy(**broken)  # type: ignore[arg-type]
+    wrong = {"size": 0, "long_side": 100, "ratio_range": (0.0, 1.0), "cat_max_ratio": 0.0, "hflip_prob": 1.5}
+    for name, value in wrong.items():
+        with pytest.raises(InputError, match=name):
+            CropPolicy(**{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 1.7])
@@ -238,13 +224,9 @@ def test_crop_is_a_part_of_the_resized_image_and_its_labels(ratio: float) -> Non
     policy = CropPolicy(size=24, short_side=50, long_side=None, ratio_range=(ratio, ratio), cat_max_ratio=1)
     height, width = policy.resized(50, 64, ratio)
     whole = resize_image(pixels, height, width).astype(int)
-    # Nearest neighbour, slowly: the source pixel in which the centre of the new one lies.
-    whole_classes = np.array(
-        [
-            [classes[int((y + 0.5) * 50 / height), int((x + 0.5) * 64 / width)] for x in range(width)]
-            for y in range(height)
-        ]
-    )
+    # Nearest neighbour: the source pixel in which the centre of the new one lies.
+    rows, columns = ((np.arange(n) + 0.5) * source / n for n, source in ((height, 50), (width, 64)))
+    whole_classes = classes[rows.astype(int)[:, None], columns.astype(int)]
     places = set()
     for seed in range(10):
         crop, labels = random_crop(pixels, classes, policy, np.random.default_rng(seed))
@@ -273,15 +255,12 @@ def test_crops_of_mostly_one_class_are_drawn_again() -> None:
         crops = (random_crop(pixels, classes, policy, np.random.default_rng(seed)) for seed in range(200))
         return np.array([largest_share(labels) for _, labels in crops])
 
+    assert largest_share(np.array([[0, 0, 1, IGNORED, IGNORED, IGNORED]])) == pytest.approx(2 / 3)
+    assert largest_share(np.full((2, 2), IGNORED)) == 1.0
     free, limited = (shares(1.0) < 0.75).mean(), (shares(0.75) < 0.75).mean()
     # Ten draws with a chance p each: 1 - (1 - p)^10.
     assert 0.01 < free < 0.2
     assert limited == pytest.approx(1 - (1 - free) ** 10, abs=0.15)
-
-
-def test_largest_share_counts_labelled_pixels_only() -> None:
-    assert largest_share(np.array([[0, 0, 1, IGNORED, IGNORED, IGNORED]])) == pytest.approx(2 / 3)
-    assert largest_share(np.full((2, 2), IGNORED)) == 1.0
 
 
 def test_distortion_equals_a_slow_one_in_floats() -> None:

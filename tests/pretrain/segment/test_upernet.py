@@ -66,14 +66,9 @@ def test_heads_equal_those_of_transformers(grid: int, training: bool) -> None:
     decode = UperHead(WIDTH, CHANNELS, NUM_CLASSES, config).train(training)
     auxiliary = FCNHead(WIDTH, NUM_CLASSES, config).train(training)
     settings = SimpleNamespace(
-        pool_scales=(1, 2, 3, 6),
-        hidden_size=CHANNELS,
-        num_labels=NUM_CLASSES,
-        auxiliary_in_channels=None,
-        auxiliary_channels=12,
-        auxiliary_num_convs=1,
-        auxiliary_concat_input=False,
-    )
+        pool_scales=(1, 2, 3, 6), hidden_size=CHANNELS, num_labels=NUM_CLASSES, auxiliary_in_channels=None,
+        auxiliary_channels=12, auxiliary_num_convs=1, auxiliary_concat_input=False,
+    )  # fmt: skip
     oracles = UperNetHead(settings, [WIDTH] * 4), UperNetFCNHead(settings, [WIDTH] * 4)
     levels = _levels(grid)
     for ours, oracle in zip((decode, auxiliary), oracles, strict=True):
@@ -90,15 +85,14 @@ def test_feature_pyramid_equals_that_of_transformers() -> None:
 
     ours, oracle = FeaturePyramid(WIDTH), BeitFPNNeck(SimpleNamespace(hidden_size=WIDTH))
     _randomize(ours)
-    names = {
-        "fpn1.0": "fpn1.conv_transpose1",
-        "fpn1.1": "fpn1.normalization",
-        "fpn1.3": "fpn1.conv_transpose2",
+    theirs = {
+        "fpn1.0.": "fpn1.conv_transpose1.",
+        "fpn1.1.": "fpn1.normalization.",
+        "fpn1.3.": "fpn1.conv_transpose2.",
     }
-    state = {}
-    for key, value in ours.state_dict().items():
-        module, parameter = key.rsplit(".", 1)
-        state[f"{names.get(module, module)}.{parameter}"] = value
+    state = ours.state_dict()
+    for name, other in theirs.items():
+        state = {key.replace(name, other): value for key, value in state.items()}
     oracle.load_state_dict(state)
     maps = [torch.randn(2, WIDTH, 5, 5) for _ in range(4)]
     for level, expected in zip(ours(maps), oracle(maps), strict=True):
