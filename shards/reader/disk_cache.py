@@ -82,11 +82,11 @@ def map_file(descriptor: int, path: str, *, was_here: bool, read_now: bool = Tru
     With `read_now` all its pages are there at once where the system can do that: no reader of it waits for
     the disk.
     """
-    found = os.fstat(descriptor)
+    status = os.fstat(descriptor)
     flags = mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if read_now else 0)
     return MappedFile(
         payload=mmap.mmap(descriptor, 0, flags, mmap.PROT_READ),
-        identity=(path, found.st_size, found.st_mtime_ns, found.st_ino),
+        identity=(path, status.st_size, status.st_mtime_ns, status.st_ino),
         was_here=was_here,
     )
 
@@ -102,54 +102,54 @@ class DiskCache:
         self._folder = config.place
         self._max_bytes = config.bytes
 
-    def has(self, wanted: CachedObject) -> bool:
+    def has(self, entry: CachedObject) -> bool:
         """True where the object is in the folder now."""
         try:
-            return os.stat(self._path(wanted)).st_size == wanted.bytes
+            return os.stat(self._path(entry)).st_size == entry.bytes
         except OSError:
             return False
 
-    def open(self, wanted: CachedObject, fetch: Callable[[], bytes]) -> MappedFile:
+    def open(self, entry: CachedObject, fetch: Callable[[], bytes]) -> MappedFile:
         """The object, mapped; where it is not there it is fetched, by one process only.
 
-        `fetch` gives exactly `wanted.bytes` bytes that are right, or raises. What was there already is known
+        `fetch` gives exactly `entry.bytes` bytes that are right, or raises. What was there already is known
         by name and size only: check it. InputError where there is no room, naming the folder and the fix.
         """
-        if wanted.bytes > self._max_bytes:
+        if entry.bytes > self._max_bytes:
             raise InputError(
-                f"{wanted.what} has {wanted.bytes:,} bytes, cache.bytes is {self._max_bytes:,}; raise it"
+                f"{entry.what} has {entry.bytes:,} bytes, cache.bytes is {self._max_bytes:,}; raise it"
             )
-        found = self._mapped(wanted)
-        if found is not None:
-            return found
-        with self._fetching(wanted):
-            found = self._mapped(wanted)  # another process may have fetched it meanwhile
-            return self._stored(wanted, fetch) if found is None else found
+        mapped = self._mapped(entry)
+        if mapped is not None:
+            return mapped
+        with self._fetching(entry):
+            # Another process may have fetched it meanwhile.
+            return self._mapped(entry) or self._stored(entry, fetch)
 
-    def drop(self, wanted: CachedObject) -> None:
+    def drop(self, entry: CachedObject) -> None:
         """Remove an object that turned out to be damaged; whoever has it mapped keeps what they have."""
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path(wanted))
+            os.unlink(self._path(entry))
 
     # -------------------------------------------------------------------------------------------- inside
 
-    def _path(self, wanted: CachedObject) -> str:
-        return os.path.join(self._folder, wanted.name)
+    def _path(self, entry: CachedObject) -> str:
+        return os.path.join(self._folder, entry.name)
 
-    def _mapped(self, wanted: CachedObject) -> MappedFile | None:
+    def _mapped(self, entry: CachedObject) -> MappedFile | None:
         """The object, mapped under a shared lock that lasts as long as the map; None where it is absent."""
-        path = self._path(wanted)
+        path = self._path(entry)
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-            found = os.fstat(descriptor)
-            if found.st_nlink == 0 or found.st_size != wanted.bytes:
+            status = os.fstat(descriptor)
+            if status.st_nlink == 0 or status.st_size != entry.bytes:
                 return None
             # Last used now. The modification time stays: by it the bytes are known to have been checked.
-            os.utime(path, ns=(time.time_ns(), found.st_mtime_ns))
+            os.utime(path, ns=(time.time_ns(), status.st_mtime_ns))
             return map_file(descriptor, path, was_here=True)
         except FileNotFoundError:
             return None  # removed in between
@@ -157,11 +157,11 @@ class DiskCache:
             os.close(descriptor)
 
     @contextlib.contextmanager
-    def _fetching(self, wanted: CachedObject) -> Iterator[None]:
+    def _fetching(self, entry: CachedObject) -> Iterator[None]:
         """Alone on this node in fetching an object; after the longest a fetch may take, not alone."""
         self._make_folder()
         # 256 locks for all names: two objects may have to wait for each other, and no lock is ever removed.
-        path = os.path.join(self._folder, f".{wanted.name[:2]}{_LOCK}")
+        path = os.path.join(self._folder, f".{entry.name[:2]}{_LOCK}")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             deadline = time.monotonic() + remote.RETRIES.request_s + remote.RETRIES.retry_s
@@ -171,8 +171,8 @@ class DiskCache:
         finally:
             os.close(descriptor)
 
-    def _stored(self, wanted: CachedObject, fetch: Callable[[], bytes]) -> MappedFile:
-        descriptor, partial = self._reserved(wanted)
+    def _stored(self, entry: CachedObject, fetch: Callable[[], bytes]) -> MappedFile:
+        descriptor, partial = self._reserved(entry)
         try:
             data = fetch()
             written = 0
@@ -182,46 +182,46 @@ class DiskCache:
             # Where somebody cleared the folder meanwhile, the bytes are right nevertheless, only not shared.
             # Not while another counts the files: under neither name it would be left out.
             with contextlib.suppress(FileNotFoundError), self._alone():
-                os.rename(partial, self._path(wanted))
+                os.rename(partial, self._path(entry))
             fcntl.flock(descriptor, fcntl.LOCK_SH)  # after the rename: in between nobody has the lock
-            return map_file(descriptor, self._path(wanted), was_here=False)
+            return map_file(descriptor, self._path(entry), was_here=False)
         except BaseException as error:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial)
             if isinstance(error, OSError) and error.errno in _FULL_DISK:
-                raise self._no_room(wanted) from None
+                raise self._no_room(entry) from None
             raise
         finally:
             os.close(descriptor)
 
-    def _reserved(self, wanted: CachedObject) -> tuple[int, str]:
+    def _reserved(self, entry: CachedObject) -> tuple[int, str]:
         """A locked temporary file of full size already, so that the sum of all files is the bound."""
         deadline = time.monotonic() + ROOM_WAIT_S
         while True:
             self._make_folder()
             with self._alone():
-                used = self._make_room(wanted.bytes)
-                if used + wanted.bytes <= self._max_bytes:
-                    return self._partial(wanted)
+                used = self._make_room(entry.bytes)
+                if used + entry.bytes <= self._max_bytes:
+                    return self._partial(entry)
             if time.monotonic() > deadline:
                 raise InputError(
-                    f"no room for {wanted.what}: {used:,} of the {self._max_bytes:,} bytes of cache.bytes in "
+                    f"no room for {entry.what}: {used:,} of the {self._max_bytes:,} bytes of cache.bytes in "
                     f"{self._folder} are in use by this run or others on the node; raise --cache.bytes, "
                     "lower --batch_size, or give each run a --cache.folder of its own"
                 )
             time.sleep(0.05)
 
-    def _partial(self, wanted: CachedObject) -> tuple[int, str]:
-        path = os.path.join(self._folder, f".{wanted.name[:32]}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    def _partial(self, entry: CachedObject) -> tuple[int, str]:
+        path = os.path.join(self._folder, f".{entry.name[:32]}.{os.getpid()}.{secrets.token_hex(4)}.partial")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            os.posix_fallocate(descriptor, 0, wanted.bytes)
+            os.posix_fallocate(descriptor, 0, entry.bytes)
         except OSError as error:
             os.unlink(path)
             os.close(descriptor)
             if error.errno in _FULL_DISK:
-                raise self._no_room(wanted) from None
+                raise self._no_room(entry) from None
             raise
         return descriptor, path
 
@@ -229,14 +229,14 @@ class DiskCache:
         """Remove files that nobody uses, the longest unused first, as needed; the bytes that remain."""
         files: list[tuple[int, int, str]] = []
         with os.scandir(self._folder) as entries:
-            for entry in entries:
+            for item in entries:
                 with contextlib.suppress(FileNotFoundError):
-                    found = entry.stat(follow_symlinks=False)
-                    if entry.name.endswith(_LOCK):
+                    status = item.stat(follow_symlinks=False)
+                    if item.name.endswith(_LOCK):
                         continue
                     # What a killed process left is the first to go; a living one has it locked.
-                    used_ns = 0 if _PARTIAL.fullmatch(entry.name) else found.st_atime_ns
-                    files.append((used_ns, found.st_size, entry.path))
+                    used_ns = 0 if _PARTIAL.fullmatch(item.name) else status.st_atime_ns
+                    files.append((used_ns, status.st_size, item.path))
         total = sum(size for _, size, _ in files)
         free = shutil.disk_usage(self._folder).free
         for used_ns, size, path in sorted(files):
@@ -269,10 +269,10 @@ class DiskCache:
                 f"cannot write into the cache folder {self._folder}; give another --cache.folder"
             )
 
-    def _no_room(self, wanted: CachedObject) -> InputError:
+    def _no_room(self, entry: CachedObject) -> InputError:
         free = shutil.disk_usage(self._folder).free
         return InputError(
-            f"the disk of {self._folder} is full: {wanted.what} needs {wanted.bytes:,} bytes, {free:,} are "
+            f"the disk of {self._folder} is full: {entry.what} needs {entry.bytes:,} bytes, {free:,} are "
             "free; free some, lower --cache.bytes, or give a --cache.folder on a larger disk"
         )
 

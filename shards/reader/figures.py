@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -55,27 +56,23 @@ class ReaderFigures:
 
     def to_json(self) -> dict[str, float]:
         """Figures by name, each with `reader_` before it."""
-        values = {
-            **dataclasses.asdict(self),
-            "samples_per_s": self.samples_per_s,
-            "wait_share": self.wait_share,
-        }
+        rates = {"samples_per_s": self.samples_per_s, "wait_share": self.wait_share}
+        values = {**dataclasses.asdict(self), **rates}
         return {f"reader_{name}": value for name, value in values.items()}
 
     def verdict(self, num_threads: int) -> str:
         """One line for people: what limits the run, and what to raise."""
-        said = (
-            f"reader: {self.samples_per_s:,.1f} samples/s, {self.wait_share:.1%} of the time waiting for data"
-        )
+        rate = f"{self.samples_per_s:,.1f} samples/s"
+        line = f"reader: {rate}, {self.wait_share:.1%} of the time waiting for data"
         if not self.bound_by_data:
-            return f"{said}: bound by compute"
+            return f"{line}: bound by compute"
         if self.shard_wait_s > self.decode_s:
             cost = f"{self.gets} fetches of {self.get_p50_s:.2g} s (p99 {self.get_p99_s:.2g} s), "
             return (
-                f"warning: {said}: bound by data, {cost}{self.retries} retries; raise --cache.bytes so that "
+                f"warning: {line}: bound by data, {cost}{self.retries} retries; raise --cache.bytes so that "
                 "shards stay on this node, or bring the data nearer"
             )
-        return f"warning: {said}: bound by data, by decoding; raise --decode_threads (now {num_threads})"
+        return f"warning: {line}: bound by data, by decoding; raise --decode_threads (now {num_threads})"
 
 
 class Telemetry:
@@ -84,7 +81,7 @@ class Telemetry:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._began = time.perf_counter()
-        self._figures = ReaderFigures()
+        self._counts = _zeros()
         self._gets_s: list[float] = []
 
     def __reduce__(self) -> tuple[type[Telemetry], tuple[()]]:
@@ -92,52 +89,44 @@ class Telemetry:
 
     def delivered(self, samples: int, wait_s: float) -> None:
         """A batch was handed over, after the consumer waited so long."""
-        with self._lock:
-            now = self._figures
-            self._figures = dataclasses.replace(
-                now, samples=now.samples + samples, wait_s=now.wait_s + wait_s
-            )
+        self._add({"samples": samples, "wait_s": wait_s})
 
     def decoded(self, decode_s: float, shard_wait_s: float) -> None:
         """A thread filled some places of a batch."""
-        with self._lock:
-            now = self._figures
-            self._figures = dataclasses.replace(
-                now, decode_s=now.decode_s + decode_s, shard_wait_s=now.shard_wait_s + shard_wait_s
-            )
+        self._add({"decode_s": decode_s, "shard_wait_s": shard_wait_s})
 
     def opened(self, *, hit: bool) -> None:
         """A shard was opened; `hit` where nothing had to be fetched for it."""
-        with self._lock:
-            now = self._figures
-            self._figures = dataclasses.replace(
-                now, shards_opened=now.shards_opened + 1, cache_hits=now.cache_hits + hit
-            )
+        self._add({"shards_opened": 1, "cache_hits": int(hit)})
 
     def fetched(self, num_bytes: int, get_s: float) -> None:
         """An object came from its store, retries included."""
+        self._add({"gets": 1, "bytes_fetched": num_bytes})
         with self._lock:
-            now = self._figures
             self._gets_s.append(get_s)
-            self._figures = dataclasses.replace(
-                now, gets=now.gets + 1, bytes_fetched=now.bytes_fetched + num_bytes
-            )
 
     def retried(self) -> None:
         """A request is repeated."""
+        self._add({"retries": 1})
+
+    def _add(self, counts: dict[str, float]) -> None:
         with self._lock:
-            self._figures = dataclasses.replace(self._figures, retries=self._figures.retries + 1)
+            for name, count in counts.items():
+                self._counts[name] += count
 
     def take(self) -> ReaderFigures:
         """What happened since the last call, or since the beginning."""
         with self._lock:
             now, gets_s = time.perf_counter(), np.array(self._gets_s or [0.0])
             p50, p99 = np.quantile(gets_s, [0.5, 0.99], method="higher").tolist()
-            figures = dataclasses.replace(
-                self._figures, seconds=now - self._began, get_p50_s=p50, get_p99_s=p99
-            )
-            self._began, self._figures, self._gets_s = now, ReaderFigures(), []
+            timed = {"seconds": now - self._began, "get_p50_s": p50, "get_p99_s": p99}
+            figures = ReaderFigures(**self._counts | timed)
+            self._began, self._counts, self._gets_s = now, _zeros(), []
         return figures
+
+
+def _zeros() -> dict[str, Any]:
+    return dataclasses.asdict(ReaderFigures())
 
 
 class ReaderReports:
@@ -164,7 +153,7 @@ class ReaderReports:
         figures = self._telemetry.take()
         self._log.log(step, figures.to_json(), split="reader")
         self._since_line.append(figures)
-        if sum(one.seconds for one in self._since_line) >= self._every_s:
+        if sum(figures.seconds for figures in self._since_line) >= self._every_s:
             self._print()
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ _OF_THE_NEXT_EPOCH = -1
 
 @dataclass(slots=True, eq=False)
 class PendingShard:
-    """A shard, open or being opened, that batches need."""
+    """A shard that batches need, open or being opened."""
 
     future: Future[OpenShard]
     _open: OpenShard | None = None
@@ -71,7 +71,7 @@ class Lookahead:
         self._following = following
         self._ahead = ahead
         self._queue: deque[PlannedBatch] = deque()
-        self._held: dict[int, PendingShard] = {}
+        self._pending: dict[int, PendingShard] = {}
         self._users = np.zeros(num_shards, np.int32)
         """How many plans need a shard, of those in the queue and those not done."""
         self._bytes = 0
@@ -90,16 +90,19 @@ class Lookahead:
             yield self._queue.popleft()
 
     def done(self, planned: PlannedBatch) -> None:
-        """The batch is read: its shards may give way to others. Earlier, they could wait for each other."""
+        """Let the shards of a batch give way to others.
+
+        Call it only after the batch is read; else shards of two batches may wait for each other's room.
+        """
         self._samples -= len(planned.plan.positions)
         self._users[planned.numbers] -= 1
         for number in self._unused(planned):
-            del self._held[number]
+            del self._pending[number]
             self._bytes -= self._cache.size(self._view, number)
 
     def _planned(self) -> PlannedBatch | None:
         plan = next(self._plans, None)
-        return None if plan is None else PlannedBatch(plan, np.unique(plan.shards), self._held)
+        return None if plan is None else PlannedBatch(plan, np.unique(plan.shards), self._pending)
 
     def _unused(self, planned: PlannedBatch) -> list[int]:
         """The shards of a plan that no plan needs."""
@@ -135,10 +138,10 @@ class Lookahead:
         planned = self._next_plan
         assert planned is not None
         if unused := self._unused(planned):
-            self._cache.touch(self._view, self._held)  # none of those may give way to these
+            self._cache.touch(self._view, self._pending)  # none of those may give way to these
         for number in unused:
             future = self._cache.get(self._view, number)
-            self._held[number] = PendingShard(future)
+            self._pending[number] = PendingShard(future)
             self._opening.append((number, future))
             self._bytes += self._cache.size(self._view, number)
         self._users[planned.numbers] += 1
@@ -150,10 +153,10 @@ class Lookahead:
         """Ask for one shard of the next epoch; False where there is none, or no room yet."""
         if self._next_shard is None:
             self._next_shard = next(self._following, None)
-        found = self._next_shard
-        if found is None or self._bytes + self._cache.size(*found) > self._max_bytes:
+        shard = self._next_shard
+        if shard is None or self._bytes + self._cache.size(*shard) > self._max_bytes:
             return False
-        self._bytes += self._cache.size(*found)
-        self._opening.append((_OF_THE_NEXT_EPOCH, self._cache.get(*found)))
+        self._bytes += self._cache.size(*shard)
+        self._opening.append((_OF_THE_NEXT_EPOCH, self._cache.get(*shard)))
         self._next_shard = None
         return True

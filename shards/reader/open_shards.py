@@ -115,11 +115,10 @@ class OpenShards:
         """The shard, open or being opened. Its error, if it has one, is raised by the future, once."""
         key = (view, number)
         with self._lock:
-            found = self._shards.get(key)
-            if found is not None and not _failed(found):
-                self._shards.move_to_end(key)
-                return found
-            if found is not None:
+            if key in self._shards:
+                if not _failed(self._shards[key]):
+                    self._shards.move_to_end(key)
+                    return self._shards[key]
                 self._forget(key)
             # Room is made before the shard is opened, so that a node's cache has it too.
             size = self.size(view, number)
@@ -195,16 +194,16 @@ class OpenShards:
                 name=sha256_hex(place.encode()), bytes=end - first, what=f"{info.tar} of shard {info.name}"
             )
             return self._node.open(part, functools.partial(self._fetched_part, info, first, end)), first
-        wanted = cached_tar(info)
-        if wanted is None:
+        entry = cached_tar(info)
+        if entry is None:
             file = _mapped(info)
             if (wrong := self._unlike(info, file)) is not None:
                 raise _damaged(info, wrong)
             return file, 0
-        file = self._node.open(wanted, functools.partial(self._fetched, info))
+        file = self._node.open(entry, functools.partial(self._fetched, info))
         if self._unlike(info, file) is not None:
-            self._node.drop(wanted)  # damaged on this disk; the store may have it whole
-            file = self._node.open(wanted, functools.partial(self._fetched, info))
+            self._node.drop(entry)  # damaged on this disk; the store may have it whole
+            file = self._node.open(entry, functools.partial(self._fetched, info))
             if (wrong := self._unlike(info, file)) is not None:
                 raise _damaged(info, wrong)
         return file, 0
@@ -267,19 +266,19 @@ def _mapped(info: ShardInfo) -> MappedFile:
     """A local tar, mapped where it lies."""
     try:
         with open(storage.absolute(info.tar), "rb") as file:
-            found = os.fstat(file.fileno())
-            if found.st_size != info.tar_bytes:
-                raise _damaged(info, f"{found.st_size} bytes")
+            num_bytes = os.fstat(file.fileno()).st_size
+            if num_bytes != info.tar_bytes:
+                raise _damaged(info, f"{num_bytes} bytes")
             # A tar indexed in place may be of any size, and a shard only a part of it.
             return map_file(file.fileno(), info.tar, was_here=True, read_now=not info.in_place)
     except FileNotFoundError:
         raise _missing(info) from None
 
 
-def _damaged(info: ShardInfo, found: str) -> DamageError:
+def _damaged(info: ShardInfo, actual: str) -> DamageError:
     written = f"{info.tar_bytes} bytes" + (f" with sha256 {info.tar_sha256[:8]}…" if info.tar_sha256 else "")
     return DamageError(
-        f"{info.tar} of shard {info.name} is damaged, or of another dataset: {found}, written were {written}"
+        f"{info.tar} of shard {info.name} is damaged, or of another dataset: {actual}, written were {written}"
         "; copy the dataset again or repair it"
     )
 

@@ -99,11 +99,8 @@ def _detect(url: str) -> tuple[SourceKind, list[FileStat]]:
     if found is not None:
         kind = kinds.get(_suffix(location))
         if kind is None:
-            mend = (
-                "unpack it first"
-                if location.endswith((".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst"))
-                else ("name the folder it lies in")
-            )
+            is_packed = location.endswith((".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst"))
+            mend = "unpack it first" if is_packed else "name the folder it lies in"
             raise InputError(f"{shown} is a file, but neither a .tar nor a .parquet; {mend}")
         return kind, [dataclasses.replace(found, url=location)]
     if re.search(r"[*?\[{]", storage.name(location)):
@@ -139,29 +136,30 @@ def _suffix(url: str) -> str:
     return os.path.splitext(storage.name(url))[1].lower()
 
 
+def _folder(url: str) -> str:
+    return url.rpartition("/")[0]
+
+
 def _is_side_file(url: str) -> bool:
     return storage.name(url).startswith(".") or url.endswith(_SIDE_FILES)
 
 
 def _expand(pattern: str) -> list[FileStat]:
     """The files that a pattern with braces and wildcards in its last component names; a brace names each."""
-    folder, _, last = pattern.rpartition("/")
+    folder, last = _folder(pattern), storage.name(pattern)
     listed: list[FileStat] | None = None
     files: list[FileStat] = []
     for name in _braces(last):
         if re.search(r"[*?\[]", name):
             if listed is None:
-                listed = [
-                    file for file in storage.list_files(folder) if file.url.rpartition("/")[0] == folder
-                ]
+                listed = [file for file in storage.list_files(folder) if _folder(file.url) == folder]
             files += [file for file in listed if fnmatch.fnmatchcase(storage.name(file.url), name)]
         else:
             url = f"{folder}/{name}"
             found = storage.stat(url)
             if found is None:
-                raise InputError(
-                    f"{as_text(url)}, one of {as_text(pattern)}, does not exist; check the pattern"
-                )
+                name = as_text(url)
+                raise InputError(f"{name}, one of {as_text(pattern)}, does not exist; check the pattern")
             files.append(dataclasses.replace(found, url=url))
     return list({file.url: file for file in files}.values())
 
@@ -186,22 +184,18 @@ def _list_folder(config: SourceConfig, files: list[FileStat]) -> Sources:
     root = storage.absolute(config.url)
     folders: list[str | None] = []
     for file in files:
-        folder = file.url[len(root) + 1 :].rpartition("/")[0]
+        folder = _folder(file.url[len(root) + 1 :])
         if config.labels == "top_folder":
             folder = folder.partition("/")[0]
         folders.append(as_text(folder) if folder and config.labels != "none" else None)
+    # By column: a row object for each of many million files would take gigabytes.
     count = len(files)
-    columns = {
+    columns = {field.name: pa.nulls(count, field.type) for field in SCHEMA} | {
         "path": pa.array([os.fsencode(file.url) for file in files], pa.binary()),
-        "member": pa.nulls(count, pa.binary()),
         "offset": pa.array(np.full(count, -1)),
         "row": pa.array(np.full(count, -1)),
         "bytes": pa.array([file.bytes for file in files], pa.int64()),
         "version": pa.array([file.version for file in files], pa.string()),
-        "label": pa.nulls(count, pa.int32()),
-        "image_hash": pa.nulls(count, pa.binary(32)),
-        "reject_reason": pa.nulls(count, pa.string()),
-        "reject_message": pa.nulls(count, pa.string()),
     }
     table, class_names = with_labels(pa.table(columns, schema=SCHEMA), folders)
     table = table.take(pa.array(permute(count, config.seed, 0, _PERMUTATION_STREAM, 0)))
@@ -219,31 +213,26 @@ def _list_containers(
     for number, result in map_items(list(enumerate(files)), make_lister, cluster):
         listed[number] = result
         progress.update()
-    in_order = [listed[number] for number in range(len(files))]
-    if not any(result.rows for result in in_order):
+    results = [listed[number] for number in range(len(files))]
+    if not any(result.rows for result in results):
         raise InputError(
             f"{as_text(storage.absolute(config.url))} holds no images; check the path or URL of the source"
         )
-    named = {result.class_names for result in in_order if result.class_names is not None}
+    named = {result.class_names for result in results if result.class_names is not None}
     if len(named) > 1:
         raise InputError(
             f"the files of {as_text(config.url)} disagree about their class names; prepare them apart"
         )
-    table = pa.concat_tables([table_of(result.rows) for result in in_order]).combine_chunks()
-    labels = list(itertools.chain.from_iterable(result.labels for result in in_order))
+    table = pa.concat_tables([table_of(result.rows) for result in results]).combine_chunks()
+    labels = list(itertools.chain.from_iterable(result.labels for result in results))
     if config.labels == "none":
         labels, named = [None] * len(labels), set()
     table, class_names = with_labels(table, labels)
     if named:
         class_names = named.pop()
-        table, _ = with_labels(
-            table, [label if _below(label, len(class_names)) else None for label in labels]
-        )
+        known = [n if isinstance(n, int) and n < len(class_names) else None for n in labels]
+        table, _ = with_labels(table, known)
     return Sources(kind=kind, origin=config.origin, class_names=class_names, table=table)
-
-
-def _below(label: int | str | None, count: int) -> bool:
-    return isinstance(label, int) and label < count
 
 
 def _make_lister(config: SourceConfig, kind: SourceKind) -> functools.partial[tuple[int, ListedFile]]:
@@ -254,9 +243,8 @@ def _list_one(config: SourceConfig, kind: SourceKind, item: tuple[int, FileStat]
     number, file = item
     if kind == "tars":
         return number, source_tars.list_tar(file.url, file.version)
-    return number, source_parquet.list_parquet(
-        file.url, file.version, config.image_column, config.label_column
-    )
+    columns = config.image_column, config.label_column
+    return number, source_parquet.list_parquet(file.url, file.version, *columns)
 
 
 def _is_sorted_by_label(table: pa.Table) -> bool:
@@ -299,13 +287,12 @@ def _refusal(source: Source, max_file_bytes: int) -> Rejected | None:
         return Rejected(source.reject_reason, source.reject_message or "")
     if source.bytes > max_file_bytes:
         return Rejected("too_large", f"{source.bytes} bytes, more than max_file_bytes {max_file_bytes}")
-    if source.bytes == 0 and source.version == "":
-        return Rejected(
-            "unreadable", "a link to nothing, no file but a pipe or device, or not to be looked at"
-        )
-    if source.bytes == 0:
-        return Rejected("empty", "0 bytes")
-    return None
+    if source.bytes > 0:
+        return None
+    if source.version == "":
+        message = "a link to nothing, no file but a pipe or device, or not to be looked at"
+        return Rejected("unreadable", message)
+    return Rejected("empty", "0 bytes")
 
 
 def _payloads(sources: list[Source], image_column: str, pool: Executor) -> Iterator[bytes | Rejected]:

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -56,14 +57,8 @@ def list_parquet(url: str, version: str, image_column: str, label_column: str | 
             _ = schema.names  # which may not be text
             starts = _group_starts(parquet, file.seek(0, 2))
         except _DAMAGE as error:
-            damage = Source(
-                path=os.fsencode(url),
-                bytes=0,
-                version=version,
-                reject_reason="damaged_parquet",
-                reject_message=_message_of(error, url),
-            )
-            return ListedFile(rows=[damage], labels=[None])
+            append(None, None, "damaged_parquet", _message_of(error, url))
+            return ListedFile(rows=[replace(rows[0], row=-1)], labels=labels)
         path = _image_path(schema, url, image_column)
         label_name = _label_name(schema, url, label_column)
         columns = [path] if label_name is None else [path, label_name]
@@ -173,13 +168,10 @@ def _is_bytes(kind: pa.DataType) -> bool:
 def _images(batch: pa.RecordBatch, image_column: str) -> list[bytes | None]:
     column = batch.column(image_column)
     if pa.types.is_struct(column.type):
-        column = (
-            column.field("bytes")
-            if column.null_count == 0
-            else pa.array(
-                [None if value is None else value["bytes"] for value in column.to_pylist()], pa.large_binary()
-            )
-        )
+        # Fields of a null struct may hold bytes nevertheless.
+        if column.null_count > 0:
+            return [None if value is None else value["bytes"] for value in column.to_pylist()]
+        column = column.field("bytes")
     return column.to_pylist()
 
 

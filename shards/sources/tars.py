@@ -26,6 +26,7 @@ IMAGE_EXTENSIONS = frozenset(
 )  # fmt: skip
 """Members that end so are images until decoding says otherwise."""
 
+_NOT_FOLLOWED = "links, devices and names that leave the tar are not followed"
 _LABEL_EXTENSIONS = ("cls", "json")
 _MAX_LABEL_BYTES = 1 << 20
 _MAX_CLASS_NAME = 1000
@@ -62,7 +63,7 @@ def list_tar(url: str, version: str) -> ListedFile:
         rows.append(
             Source(
                 path=os.fsencode(url),
-                member=_encoded(member.name),
+                member=member.name.encode("utf-8", "surrogateescape"),
                 offset=member.offset,
                 bytes=member.bytes,
                 version=version,
@@ -76,9 +77,7 @@ def list_tar(url: str, version: str) -> ListedFile:
             for member in iter_members(file):
                 key, extension = _key(member.name)
                 if member.problem is not None:
-                    append(
-                        member, member.problem, "links, devices and names that leave the tar are not followed"
-                    )
+                    append(member, member.problem, _NOT_FOLLOWED)
                 elif member.name in names:
                     append(member, "duplicate_name", "an earlier member has the same name")
                 elif extension in IMAGE_EXTENSIONS:
@@ -153,10 +152,6 @@ def _key(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, extensions = base.partition(".")
     return f"{folder}{slash}{stem}", extensions.rpartition(".")[2].lower()
-
-
-def _encoded(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
 
 
 def _read_label(file: BinaryIO, member: TarMember, extension: str) -> int | str | None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import pickle
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,182 +13,35 @@ import pytest
 from pipeline import storage
 from pipeline.errors import InputError
 from shards.dataset.dataset import Dataset, open_dataset
-from shards.format.build import ForeignTar, build_shard
-from shards.format.manifest import Recipe, TokenizerSpec
-from shards.format.records import RejectedSample, StoredSample
-from shards.format.tar import build_tar
-from shards.pixels.crops import Crops, FreshCrops, StoredCrops
-from shards.pixels.decode import DecodeConfig, decode_image, decode_recipe
+from shards.pixels.crops import FreshCrops
+from shards.pixels.decode import DecodeConfig, decode_image
 from shards.pixels.views import (
     CENTER_FRACTION,
-    CropBox,
     ViewPolicy,
     center_view,
     decode_crop,
-    encode_crop,
     render,
     view_at,
 )
 from shards.reader import open_shards as cache
 from shards.reader.disk_cache import CacheConfig
 from shards.reader.order import Order, view_of_epoch
-from shards.reader.reader import Batches, SampleBatch, ShardReader
-from shards.reader.workers import Buffers
-from shards.writer.commit import Plan, commit, finish, pending, start
-
-SIZE = 16
-GRID = (2, 3)
-STORED = StoredCrops()
-CODEBOOK_SIZE = 4096
-POLICY = ViewPolicy(image_size=SIZE, scale=(0.3, 0.9), views_per_image=3, color_jitter=0.2, seed=5)
-PREPARED = DecodeConfig(max_pixels=5000, high_bit_depth="window", window=(0.0, 900.0))
-RANGES = (0, 7, 9, 15, 16, 24)
-REJECTED = {3: "truncated", 7: "corrupt", 8: "corrupt"}  # shard 1 has no sample left
-IDS = [i for i in range(RANGES[-1]) if i not in REJECTED]
-
-
-def source_image(sample_id: int) -> bytes:
-    """A JPEG of its own size and content per sample."""
-    rng = np.random.default_rng(sample_id)
-    height, width = 20 + sample_id % 5, 24 + sample_id % 7
-    y, x = np.mgrid[:height, :width]
-    waves = np.stack(
-        [np.sin(x * rng.uniform(0.1, 0.6) + y * rng.uniform(0.1, 0.6)) for _ in range(3)], axis=-1
-    )
-    return encode_crop((127 + 120 * waves).astype(np.uint8), 97)
-
-
-def stored_crop(sample_id: int, view: int) -> tuple[bytes, CropBox]:
-    image = decode_image(source_image(sample_id), DecodeConfig())
-    drawn = view_at(POLICY, sample_id, view, height=image.shape[0], width=image.shape[1])
-    return encode_crop(render(image, drawn, POLICY.interpolation), POLICY.jpeg_quality), drawn.crop
-
-
-def codes_of_pixels(pixels: np.ndarray) -> np.ndarray:
-    """Stands in for a tokenizer: codes that belong to exactly these pixels."""
-    return (pixels.astype(np.int64).sum(axis=(0, 2))[: GRID[0] * GRID[1]] % CODEBOOK_SIZE).astype(np.uint16)
-
-
-def label_of(sample_id: int) -> int | None:
-    return None if sample_id % 4 == 3 else sample_id % 3
-
-
-def stored_sample(sample_id: int, view: int, tokens: bool) -> StoredSample:
-    image, crop = stored_crop(sample_id, view) if tokens else (source_image(sample_id), None)
-    return StoredSample(
-        sample_id=sample_id,
-        view=view,
-        image=image,
-        extension="jpg",
-        source=f"pictures/{sample_id}.jpg",
-        source_width=24 + sample_id % 7,
-        source_height=20 + sample_id % 5,
-        label=label_of(sample_id),
-        crop=crop,
-        codes=codes_of_pixels(decode_crop(image)).reshape(GRID) if tokens else None,
-    )
-
-
-def write_dataset(root: str, kind: str, ranges: tuple[int, ...] = RANGES) -> Dataset:
-    """Token shards with three views, or image shards, of the same samples and id ranges."""
-    tokens = kind == "tokens"
-    tokenizer = TokenizerSpec(fingerprint="f" * 64, grid=GRID, codebook_size=CODEBOOK_SIZE, image_size=SIZE)
-    plan = Plan(
-        kind="tokens" if tokens else "images",
-        inputs={"source": "a" * 64},
-        recipe=Recipe() if tokens else Recipe(decode=decode_recipe(PREPARED)),
-        first_ids=ranges,
-        views=POLICY.views_per_image if tokens else 1,
-        tokenizer=tokenizer if tokens else None,
-    )
-    start(root, plan)
-    for item in pending(root, plan):
-        ids = range(item.first_id, item.end_id)
-        rejects = [
-            RejectedSample(sample_id=i, source=f"pictures/{i}.jpg", reason=REJECTED[i], message="why")
-            for i in ids
-            if i in REJECTED
-        ]
-        samples = [stored_sample(i, item.view, tokens) for i in ids if i not in REJECTED]
-        grid, codebook = (GRID, CODEBOOK_SIZE) if tokens else (None, None)
-        commit(root, plan, item, build_shard(samples, rejects, grid=grid, codebook_size=codebook))
-    finish(root, plan, decode_crop)
-    return open_dataset(root)
-
-
-def write_foreign(root: str, tar_path: Path) -> Dataset:
-    """Image shards over one tar of somebody else's: two shards point into it."""
-    payload, offsets = build_tar([(f"cat/{i}.jpg", source_image(i)) for i in range(8)])
-    tar_path.write_bytes(payload)
-    found = storage.stat(str(tar_path))
-    assert found is not None
-    plan = Plan(kind="images", inputs={}, first_ids=(0, 5, 8), views=1)
-    start(root, plan)
-    for item in pending(root, plan):
-        samples = [
-            StoredSample(
-                sample_id=i,
-                view=0,
-                image=source_image(i),
-                extension="jpg",
-                source=f"{tar_path}#cat/{i}.jpg",
-                source_width=24 + i % 7,
-                source_height=20 + i % 5,
-                label=None,
-                image_offset=offsets[i],
-            )
-            for i in range(item.first_id, item.end_id)
-        ]
-        foreign = ForeignTar(url=found.url, bytes=found.bytes, version=found.version)
-        commit(root, plan, item, build_shard(samples, [], grid=None, codebook_size=None, foreign=foreign))
-    finish(root, plan, lambda data: decode_image(data, DecodeConfig()))
-    return open_dataset(root)
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return write_dataset(str(tmp_path_factory.mktemp("tokens")), "tokens")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return write_dataset(str(tmp_path_factory.mktemp("images")), "images")
-
-
-@pytest.fixture
-def reader_of() -> Iterator[Callable[..., ShardReader]]:
-    """Readers that are closed when the test ends; inline unless it asks for threads."""
-    made: list[ShardReader] = []
-
-    def make(
-        dataset: Dataset,
-        crops: Crops | None = STORED,
-        cache: CacheConfig | None = None,
-        **settings: Any,
-    ) -> ShardReader:
-        batches = Batches(**{"size": 5, "num_threads": 0, **settings})
-        made.append(ShardReader(dataset, crops, batches, cache))
-        return made[-1]
-
-    yield make
-    for reader in made:
-        reader.close()
-
-
-def assert_same(left: Iterable[SampleBatch], right: Iterable[SampleBatch]) -> None:
-    left, right = list(left), list(right)
-    assert len(left) == len(right)
-    for one, other in zip(left, right, strict=True):
-        assert (one.keys, one.position, one.next_position, one.global_size) == (
-            other.keys, other.position, other.next_position, other.global_size,
-        )  # fmt: skip
-        for name in ("sample_ids", "pixels", "codes", "labels", "positions"):
-            assert np.array_equal(getattr(one, name), getattr(other, name)), name
-
-
-def keys(batches: Iterable[SampleBatch]) -> list[str]:
-    return [key for batch in batches for key in batch.keys]
-
+from shards.reader.reader import ShardReader
+from tests.shards.reader.reading import (
+    IDS,
+    POLICY,
+    PREPARED,
+    RANGES,
+    SIZE,
+    assert_same,
+    codes_of_pixels,
+    keys,
+    label_of,
+    source_image,
+    stored_crop,
+    write_dataset,
+    write_foreign,
+)
 
 # ------------------------------------------------------------------------------------------- what comes out
 
@@ -215,13 +65,6 @@ def test_token_epoch_is_every_sample_of_its_view_once(
             assert batch.labels[place] == (-1 if label_of(sample_id) is None else label_of(sample_id))
             ids = [i for i in range(RANGES[shard[place]], RANGES[shard[place] + 1]) if i in IDS]
             assert ids[row[place]] == sample_id
-
-
-def test_three_epochs_see_three_views(tokens: Dataset, reader_of: Callable[..., ShardReader]) -> None:
-    reader = reader_of(tokens, drop_last=False)
-    views = [{key[-2:] for key in keys(reader.batches(epoch))} for epoch in range(3)]
-    assert sorted(next(iter(found)) for found in views) == ["00", "01", "02"]
-    assert [len(found) for found in views] == [1, 1, 1]
 
 
 def test_batches_do_not_depend_on_threads_or_cache(
@@ -412,61 +255,6 @@ def test_image_that_cannot_be_decoded_is_named(
         list(reader.batches(0))
 
 
-# ----------------------------------------------------------------------------------- threads, processes
-
-
-def reader_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("shard-")]
-
-
-def test_close_leaves_no_thread(tokens: Dataset, tmp_path: Path) -> None:
-    reader = ShardReader(tokens, StoredCrops(), Batches(2, num_threads=3))
-    assert reader_threads() == []  # nothing starts before the first batch
-    next(reader.batches(0))  # abandoned in mid-epoch
-    assert reader_threads() != []
-    reader.close()
-    reader.close()
-    assert reader_threads() == []
-
-    damaged = write_dataset(str(tmp_path), "tokens", ranges=(10, 13, 16))
-    Path(damaged.shard(view_of_epoch(3, 0, 0), 0).tar).unlink()
-    with pytest.raises(InputError), ShardReader(damaged, StoredCrops(), Batches(2)) as reader:
-        list(reader.batches(0))
-    assert reader_threads() == []
-
-
-def test_closing_under_an_iterator_ends_it_with_an_error(tokens: Dataset) -> None:
-    reader = ShardReader(tokens, StoredCrops(), Batches(2, num_threads=1, prefetch=1))
-    batches = reader.batches(0)
-    next(batches)
-    reader.close()
-    with pytest.raises(RuntimeError):
-        list(batches)
-    assert len(list(reader.batches(0))) == 10  # and the reader can be used anew
-    reader.close()
-
-
-def test_a_reader_in_use_may_be_pickled_and_forked(tokens: Dataset) -> None:
-    with ShardReader(tokens, StoredCrops(), Batches(4, seed=2, num_threads=2)) as reader:
-        expected = list(reader.batches(1))
-        with pickle.loads(pickle.dumps(reader)) as copy:
-            assert_same(copy.batches(1), expected)
-
-        def read_in_child(results: Any) -> None:
-            results.put(keys(reader.batches(1)))
-            reader.close()
-
-        context = multiprocessing.get_context("fork")
-        results = context.SimpleQueue()
-        child = context.Process(target=read_in_child, args=(results,))
-        child.start()
-        child.join(30)
-        exitcode = child.exitcode
-        child.kill()  # one that hangs would keep the whole session waiting
-        assert exitcode == 0
-        assert results.get() == keys(expected)
-
-
 # ------------------------------------------------------------------------------------------- object storage
 
 
@@ -527,38 +315,6 @@ def test_a_reader_says_what_it_begins_with_and_refuses_another_decoder(
     monkeypatch.setattr("shards.reader.reader.decode_crop", lambda data: decode_crop(data) ^ 1)
     with pytest.raises(InputError, match=r"sample \d{10}-0\d of .*\.tar decodes to other pixels here"):
         reader_of(tokens).begin(0)
-
-
-def test_what_is_kept_of_a_batch_never_changes(
-    tokens: Dataset, reader_of: Callable[..., ShardReader]
-) -> None:
-    """Arrays are used again, but not while anything refers to a part of them."""
-    expected = np.concatenate([batch.pixels.copy() for batch in reader_of(tokens).batches(0)])
-    kept: list[Any] = []
-    reader, places = reader_of(tokens, num_threads=2), set()
-    for epoch in (0, 3, 6):  # the same view, mostly in another order
-        for number, batch in enumerate(reader.batches(epoch)):
-            places.add(batch.pixels.ctypes.data)
-            if epoch == 0:
-                kept.append(batch.pixels[1:3] if number % 2 else memoryview(batch.pixels)[1:3])
-            del batch
-    for number, part in enumerate(kept):
-        assert np.array_equal(np.asarray(part), expected[5 * number + 1 : 5 * number + 3])
-    assert len(places) < 12
-
-
-def test_memory_is_taken_again_once_nothing_refers_to_it() -> None:
-    buffers = Buffers(most=2)
-    first, second = buffers.take((2, 3)), buffers.take((4, 5))
-    places = [first.ctypes.data, second.ctypes.data]
-    part = memoryview(first)[1:]
-    del first
-    assert not np.shares_memory(buffers.take((2, 3)), np.asarray(part))  # of an array that is not kept
-    del part
-    again = buffers.take((1, 6))  # a smaller batch, or one of another shape
-    assert (again.ctypes.data, again.shape) == (places[0], (1, 6))
-    del second
-    assert buffers.take((3, 6)).ctypes.data == places[1]
 
 
 def test_images_may_stay_encoded(tokens: Dataset, reader_of: Callable[..., ShardReader]) -> None:

@@ -218,60 +218,6 @@ def test_labels_in_tars(tmp_path):
     assert [row.label for row in rows_of(sources.table)] == [0, 1]
 
 
-def test_hostile_members_are_accounted_for_and_never_followed(tmp_path):
-    path = tmp_path / "hostile.tar"
-    with tarfile.open(path, "w") as archive:
-
-        def add(name: str, data: bytes = b"x", kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, link
-            info.size = len(data) if kind == tarfile.REGTYPE else 0
-            archive.addfile(info, io.BytesIO(data))
-
-        add("good.jpg", b"good")
-        add("good.pyd", b"side data of good.jpg: ignored")
-        add("../up.jpg")
-        add("/etc/passwd.jpg")
-        add("link.jpg", kind=tarfile.SYMTYPE, link="/etc/passwd")
-        add("hard.jpg", kind=tarfile.LNKTYPE, link="good.jpg")
-        add("device.jpg", kind=tarfile.CHRTYPE)
-        add("good.jpg", b"the same name again")
-        add("dotted.name.a.jpg", b"dotted a")
-        add("dotted.name.b.jpg", b"dotted b")
-        add("model.pickle", b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
-        add("evil.pyd", b"MZ")
-        add("folder", kind=tarfile.DIRTYPE)
-    sources = listed(path)
-    found = {(row.name.split("#")[1], row.reject_reason) for row in rows_of(sources.table)}
-    assert found == {
-        ("good.jpg", None),
-        ("../up.jpg", "unsafe_name"),
-        ("/etc/passwd.jpg", "unsafe_name"),
-        ("link.jpg", "link"),
-        ("hard.jpg", "link"),
-        ("device.jpg", "special"),
-        ("good.jpg", "duplicate_name"),
-        ("dotted.name.a.jpg", None),
-        ("dotted.name.b.jpg", None),
-        ("model.pickle", "not_an_image"),
-        ("evil.pyd", "not_an_image"),
-    }
-    assert [data for data in read(sources) if isinstance(data, bytes)] == [b"good", b"dotted a", b"dotted b"]
-    assert os.listdir(tmp_path) == ["hostile.tar"]
-
-
-def test_a_damaged_tar_gives_its_sound_members_and_one_reject(tmp_path):
-    whole = write_tar(tmp_path / "a.tar", [(f"{i}.jpg", bytes([i]) * 700) for i in range(4)]).read_bytes()
-    for end, sound in [(3 * 1536 + 100, 3), (4 * 1536, 4), (2 * 1536 + 600, 2)]:
-        (tmp_path / "a.tar").write_bytes(whole[:end])
-        sources = listed(tmp_path / "a.tar")
-        rows = rows_of(sources.table)
-        assert [row.reject_reason for row in rows] == [None] * sound + ["damaged_tar"]
-        assert read(sources) == [bytes([i]) * 700 for i in range(sound)] + ["damaged_tar"]
-    (tmp_path / "a.tar").write_bytes(b"this is no tar at all" * 100)
-    assert read(listed(tmp_path / "a.tar")) == ["damaged_tar"]
-
-
 def test_neighbours_in_a_tar_are_read_together_and_strangers_apart(tmp_path, monkeypatch):
     members = [(f"{i}.jpg", bytes([i]) * 3000) for i in range(6)]
     members.insert(3, ("film.bin", bytes(3 << 20)))
