@@ -21,7 +21,9 @@ from pipeline import storage
 from pipeline.config import URL, absolute_places, run_job
 from pipeline.errors import InputError
 from shards.dataset.dataset import open_dataset
-from shards.upkeep.repair import Repair, repair_dataset
+from shards.format.build import BuiltShard
+from shards.format.plan import Item, Plan
+from shards.upkeep.repair import Codes, Repair, repair_dataset
 from shards.upkeep.verify import Verification, verify_dataset
 from shards.writer.commit import RUN_CONFIG
 
@@ -103,14 +105,14 @@ def verify(config: VerifyConfig) -> Report:
     )
     verification, repairs = look(), list[Repair]()
     if config.repair and any(problem.damaged for problem in verification.problems):
-        from tokenizer.precompute.items import ItemRemaker
+        images = _images(config, verification)
 
-        make_item = ItemRemaker(
-            dataset_url=verification.url,
-            images_url=_images(config, verification),
-            tokenizer_url=config.tokenizer,
-            num_threads=config.num_threads,
-        )
+        def make_item(plan: Plan, item: Item, codes: Codes | None) -> BuiltShard:
+            from tokenizer.precompute.items import RemadeFrom  # torch, which image shards do not need
+
+            given = RemadeFrom(dataset=verification.url, images=images, tokenizer=config.tokenizer)
+            return given.make(plan, item, codes)
+
         repairs = repair_dataset(verification, make_item)
         verification = dataclasses.replace(look(after=verification), notes=verification.notes)
     return Report(

@@ -110,8 +110,7 @@ def open_part(url: str, kind: PartKind, absent: bool) -> OpenedPart:
             raise
         lost(MANIFEST, "manifest", "missing")
     if plan is None or (manifest is not None and plan.fingerprint != manifest.plan):
-        state = "damaged, or of another dataset" if storage.exists(storage.join(url, PLAN)) else "missing"
-        lost(PLAN, "plan", state, COPY)
+        lost(PLAN, "plan", "missing, damaged, or of another dataset", COPY)
         plan = None
     data: bytes | None = None
     if manifest is not None:
@@ -120,8 +119,8 @@ def open_part(url: str, kind: PartKind, absent: bool) -> OpenedPart:
             data = read_checked(
                 storage.join(url, named.path), named.bytes, named.sha256, "table (all shards)"
             )
-        except DamageError as error:
-            lost(named.path, "table", "missing" if "missing" in str(error) else "damaged")
+        except DamageError:
+            lost(named.path, "table", "missing or damaged")
     if data is None or manifest is None:
         if plan is None:
             raise UnreadablePartError(problems)
@@ -143,7 +142,7 @@ def open_part(url: str, kind: PartKind, absent: bool) -> OpenedPart:
     return OpenedPart(kind=kind, table=ShardTable(url, manifest, data), plan=plan, problems=tuple(problems))
 
 
-def decoder_of(manifest: Manifest | Plan) -> Decode | None:
+def decoder_of(manifest: Manifest) -> Decode | None:
     """How stored images become pixels; None for images that another decode version prepared."""
     if manifest.kind != "images":
         return decode_crop

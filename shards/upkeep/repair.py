@@ -84,20 +84,33 @@ def _repair_part(part: OpenedPart, damaged: Sequence[Problem], make_item: MakeIt
         if problem.kind in ("plan", "sources"):
             how = "it cannot be made again; copy it from another copy of the dataset"
             repairs.append(Repair(object=problem.object, done=False, how=how))
-    makers = {"table": _table, "receipt": _receipt, "manifest": _manifest}
-    for kind, make in makers.items():
-        for problem in damaged:
-            if problem.kind != kind:
-                continue
-            failed = [repair.object for repair in repairs if not repair.done]
-            try:
-                if kind == "manifest" and failed:
-                    raise CommitError(f"{len(failed)} objects that it names are lost, such as {failed[0]}")
-                storage.put(problem.object, make(part, problem))
-                repairs.append(Repair(object=problem.object, done=True, how="made again"))
-            except (InputError, CommitError) as error:
-                repairs.append(Repair(object=problem.object, done=False, how=str(error)))
+    kinds = ("table", "receipt", "manifest")
+    for problem in sorted((p for p in damaged if p.kind in kinds), key=lambda p: kinds.index(p.kind)):
+        failed = [repair.object for repair in repairs if not repair.done]
+        try:
+            if problem.kind == "manifest" and failed:
+                raise InputError(f"{len(failed)} objects that it names are lost, such as {failed[0]}")
+            storage.put(problem.object, _description(part, problem))
+            repairs.append(Repair(object=problem.object, done=True, how="made again"))
+        except (InputError, CommitError) as error:
+            repairs.append(Repair(object=problem.object, done=False, how=str(error)))
     return repairs
+
+
+def _description(part: OpenedPart, problem: Problem) -> bytes:
+    """A shard table, receipt or manifest, from what it follows from."""
+    if problem.kind == "receipt":
+        shard = _shard_of(part, problem)
+        stored = part.table.stored(shard.view - part.manifest.first_view, shard.number)
+        reasons = reasons_of(read_shard_rejects(shard))
+        return Receipt(plan=part.manifest.plan, shard=stored, rejected=reasons).to_bytes()
+    decode = decoder_of(part.manifest)
+    if part.plan is None or decode is None:
+        raise InputError("its plan is lost, too, or its images were prepared with another decode version")
+    if problem.kind == "table":
+        return collect(part.url, part.plan, objects=False).table
+    summary = collect(part.url, part.plan)
+    return manifest_of(part.plan, summary, probes(part.url, part.plan, summary, decode)).to_bytes()
 
 
 # ------------------------------------------------------------------------------------------------ shards
@@ -171,35 +184,6 @@ def _stored_codes(part: OpenedPart, shard: ShardInfo, lost: set[str]) -> Codes |
             sample_id = int(member.name.partition("-")[0])
             codes[sample_id] = np.lib.format.read_array(payload, allow_pickle=False)
     return codes
-
-
-# ------------------------------------------------------------------------------------------------ description
-
-
-def _table(part: OpenedPart, problem: Problem) -> bytes:
-    """The shard table that follows from the receipts, as it did when the part was opened."""
-    del problem
-    if part.plan is None:
-        raise InputError("the plan is lost, too")
-    return collect(part.url, part.plan, objects=False).table
-
-
-def _receipt(part: OpenedPart, problem: Problem) -> bytes:
-    shard = _shard_of(part, problem)
-    stored = part.table.stored(shard.view - part.manifest.first_view, shard.number)
-    reasons = reasons_of(read_shard_rejects(shard))
-    return Receipt(plan=part.manifest.plan, shard=stored, rejected=reasons).to_bytes()
-
-
-def _manifest(part: OpenedPart, problem: Problem) -> bytes:
-    """The manifest that the complete pass gives: the writer's own, its decode probe included."""
-    del problem
-    plan, url = part.plan, part.url
-    decode = None if plan is None else decoder_of(plan)
-    if plan is None or decode is None:
-        raise InputError("its images were prepared with another decode version")
-    summary = collect(url, plan)
-    return manifest_of(plan, summary, probes(url, plan, summary, decode)).to_bytes()
 
 
 def _shard_of(part: OpenedPart, problem: Problem) -> ShardInfo:

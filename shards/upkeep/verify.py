@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterable
@@ -31,9 +32,9 @@ from pipeline.threads import in_order
 from pipeline.training.metrics import Progress
 from shards.dataset.dataset import views_url
 from shards.dataset.parts import places
-from shards.dataset.rows import check_in_place, pixels_hash, read_rows
+from shards.dataset.rows import pixels_hash, read_rows
 from shards.format.index import IndexFormatError, codes_of, read_index, read_rejects
-from shards.format.manifest import MANIFEST, ShardInfo
+from shards.format.manifest import MANIFEST, ProbeEntry
 from shards.pixels.decode import Rejected
 from shards.sources.table import SOURCES
 from shards.upkeep.gc import unreferenced_files
@@ -53,6 +54,8 @@ from shards.writer.commit import Receipt, Summary, manifest_of
 
 NUM_THREADS = 4
 """Shards that are read at once; each takes at most 100 MB or so, a few times over."""
+
+Probed = tuple[int, int, int]
 
 
 # ------------------------------------------------------------------------------------------------ report
@@ -149,7 +152,9 @@ def verify_dataset(
     progress = Progress("verifying", sum(map(len, shards.values())), "shards")
     tallies: dict[str, Tally] = {}
     for part in parts:
-        check, wrong = ShardChecker(part, sample), list[Problem]()
+        wrong = list[Problem]()
+        probe = {(entry.view, entry.number, entry.row): entry for entry in part.manifest.probe}
+        check = functools.partial(ShardCheck, part, sample=sample, probe=probe)
         tallies[part.url] = Tally() if after is None else after.tallies.get(part.url, Tally())
         for checked in in_order(check, shards[part.url], num_threads):
             wrong += checked.problems
@@ -158,9 +163,9 @@ def verify_dataset(
         problems += [*part.problems, *wrong, *_check_inputs(url, part, parts)]
         if not wrong and not part.manifest_lost:
             problems += _check_counts(part, tallies[part.url])
-            if after is None and check.decode is not None and check.undecoded_probe:
+            if probe and after is None and decoder_of(part.manifest) is not None:
                 problems.append(_of_manifest(part, "its decode probe names an image that is not stored"))
-        if check.decode is None and part.kind != "codes":
+        if decoder_of(part.manifest) is None:
             notes.append(f"{part.url} was prepared with another decode version; no image is decoded")
     progress.close(problems=len(problems))
     files = unreferenced_files(url, [part.table for part in parts]) if after is None else iter(())
@@ -219,14 +224,13 @@ def _check_inputs(root: str, part: OpenedPart, parts: Iterable[OpenedPart]) -> l
         if data is None or sha256_hex(data) != inputs["sources"]:
             what = "missing" if data is None else f"damaged: its sha256 is not {inputs['sources'][:8]}…"
             return [Problem(object=url, kind="sources", part=part.url, what=what, mend=COPY)]
-    name, place = "base", root
-    if part.kind == "codes":
-        name, place = "pixels", views_url(root, part.manifest.first_view)
-    for other in parts:
-        made_for, there = inputs.get(name), other.manifest.fingerprint
-        if part.kind != "base" and other.url == place and not other.manifest_lost and made_for != there:
-            return [_of_manifest(part, f"was made for {made_for}, but {place} is {there}")]
-    return []
+    first_view = part.manifest.first_view
+    name, place = ("base", root) if part.kind == "views" else ("pixels", views_url(root, first_view))
+    other = next((other for other in parts if other.url == place and not other.manifest_lost), None)
+    if part.kind == "base" or other is None or inputs.get(name) == other.manifest.fingerprint:
+        return []
+    what = f"was made for {inputs.get(name)}, but {place} is {other.manifest.fingerprint}"
+    return [_of_manifest(part, what)]
 
 
 def _of_manifest(part: OpenedPart, what: str) -> Problem:
@@ -237,180 +241,150 @@ def _of_manifest(part: OpenedPart, what: str) -> Problem:
 # ------------------------------------------------------------------------------------------------ one shard
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CheckedShard:
-    """Problems of one shard, and what it adds to the tally where there are none."""
+class ShardCheck:
+    """Checks one shard when it is made: `problems`, and what the shard adds to the `tally` without any.
 
-    problems: list[Problem]
-    tally: Tally
+    `probe` are the entries of the decode probe by (view, number, row); those that were looked at are removed.
+    """
 
-
-class _Objects:
-    """Reads the objects of one shard and collects what is wrong with them."""
-
-    def __init__(self, part_url: str, view: int, number: int) -> None:
-        self._place = {"part": part_url, "view": view, "number": number}
-        self.problems: list[Problem] = []
-        self.count = 0
-        self.bytes = 0
-
-    def damaged(self, kind: ObjectKind, url: str, what: str, mend: str = MEND) -> None:
-        """An object that is absent, or holds other bytes than were written."""
-        self.problems.append(Problem(object=url, kind=kind, what=what, mend=mend, **self._place))
-
-    def wrong(self, kind: ObjectKind, url: str, what: str, mend: str = NOT_AS_WRITTEN) -> None:
-        """An object that is intact, but its content is wrong."""
-        problem = Problem(object=url, kind=kind, what=what, mend=mend, damaged=False, **self._place)
-        self.problems.append(problem)
-
-    def read(self, kind: ObjectKind, url: str, num_bytes: int, sha256: str) -> bytes | None:
-        """The bytes of an object, if they are those that were written."""
-        self.count += 1
-        try:
-            data = storage.read(url)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            return self.damaged(kind, url, "missing")
-        except OSError as error:
-            if not storage.is_local(url):
-                raise
-            return self.damaged(kind, url, f"cannot be read: {error.strerror}")
-        self.bytes += len(data)
-        if (len(data), actual := sha256_hex(data)) == (num_bytes, sha256):
-            return data
-        written = f"written were {num_bytes} with {sha256[:8]}…"
-        return self.damaged(kind, url, f"damaged: {len(data)} bytes with sha256 {actual[:8]}…, {written}")
-
-
-class ShardChecker:
-    """Checks one shard of a part with each call; called from several threads."""
-
-    def __init__(self, part: OpenedPart, sample: float) -> None:
+    def __init__(
+        self, part: OpenedPart, place: tuple[int, int], sample: float, probe: dict[Probed, ProbeEntry]
+    ) -> None:
         self._part = part
         self._sample = sample
-        self._probe = {(entry.view, entry.number, entry.row): entry for entry in part.manifest.probe}
-        self.undecoded_probe = set(self._probe)
-        self.decode = decoder_of(part.manifest)
+        self._probe = probe
+        self._stored = part.table.stored(place[0] - part.manifest.first_view, place[1])
+        self._shard = self._stored.resolved(part.url)
+        self._objects = self._bytes = self._decoded = 0
+        self.problems: list[Problem] = []
+        reasons = self._check_rejects_and_receipt()
+        index = self._read_index()
+        if part.kind != "codes":
+            self._check_images(index)
+        self.tally = Tally()
+        if not self.problems:
+            self.tally = Tally(
+                shards=1,
+                objects=self._objects,
+                bytes=self._bytes,
+                samples=self._shard.samples,
+                decoded=self._decoded,
+                rejected=reasons,
+            )
 
-    def __call__(self, place: tuple[int, int]) -> CheckedShard:
-        """Read and check what the table names for a view and number."""
-        manifest = self._part.manifest
-        stored = self._part.table.stored(place[0] - manifest.first_view, place[1])
-        shard = stored.resolved(self._part.url)
-        objects = _Objects(self._part.url, *place)
-        reasons = self._check_rejects_and_receipt(objects, stored, shard)
-        index = self._read_index(objects, shard)
-        images: Iterable[bytes] | None = None
-        if manifest.kind != "codes" and shard.in_place:
-            images = self._images_in_place(objects, shard, index)
-        elif manifest.kind != "codes":
-            data = objects.read("tar", shard.tar, shard.tar_bytes, shard.tar_sha256 or "")
-            if data is not None and index is not None:
-                starts, lengths = index.column("image_offset"), index.column("image_bytes")
-                spans = zip(starts.to_pylist(), lengths.to_pylist(), strict=True)
-                images = (data[start : start + length] for start, length in spans)
-        decoded = 0 if images is None or index is None else self._decode(objects, shard, index, images)
-        if objects.problems:
-            return CheckedShard(problems=objects.problems, tally=Tally())
-        tally = Tally(
-            shards=1,
-            objects=objects.count,
-            bytes=objects.bytes,
-            samples=shard.samples,
-            decoded=decoded,
-            rejected=reasons,
-        )
-        return CheckedShard(problems=[], tally=tally)
-
-    def _check_rejects_and_receipt(
-        self, objects: _Objects, stored: ShardInfo, shard: ShardInfo
-    ) -> dict[str, int]:
+    def _check_rejects_and_receipt(self) -> dict[str, int]:
         """Rejects by reason; the receipt must be the one that follows from them and from the table."""
-        url = storage.join(self._part.url, "receipts", self._part.manifest.plan[:8], f"{stored.name}.json")
+        shard, plan = self._shard, self._part.manifest.plan
+        url = storage.join(self._part.url, "receipts", plan[:8], f"{shard.name}.json")
         reasons: dict[str, int] = {}
         if shard.rejects is not None:
-            data = objects.read(
-                "rejects", shard.rejects, shard.rejects_bytes or 0, shard.rejects_sha256 or ""
-            )
+            data = self._read("rejects", shard.rejects, shard.rejects_bytes, shard.rejects_sha256)
             if data is not None:
                 reasons = reasons_of(read_rejects(data))
             else:
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     reasons = Receipt.from_bytes(storage.read_or_none(url) or b"").rejected
-        expected = Receipt(plan=self._part.manifest.plan, shard=stored, rejected=reasons).to_bytes()
-        objects.read("receipt", url, len(expected), sha256_hex(expected))
+        expected = Receipt(plan=plan, shard=self._stored, rejected=reasons).to_bytes()
+        self._read("receipt", url, len(expected), sha256_hex(expected))
         return reasons
 
-    def _read_index(self, objects: _Objects, shard: ShardInfo) -> pa.Table | None:
+    def _read_index(self) -> pa.Table | None:
         """The index; its codes must lie within the codebook."""
-        data = objects.read("index", shard.index, shard.index_bytes, shard.index_sha256)
+        shard, tokenizer = self._shard, self._part.manifest.tokenizer
+        data = self._read("index", shard.index, shard.index_bytes, shard.index_sha256)
         if data is None:
             return None
         try:
             table = read_index(data)
         except IndexFormatError as error:
-            return objects.wrong("index", shard.index, str(error))
+            return self._wrong("index", shard.index, str(error))
         if table.num_rows != shard.samples:
-            return objects.wrong("index", shard.index, f"has {table.num_rows} rows, not {shard.samples}")
-        tokenizer = self._part.manifest.tokenizer
+            return self._wrong("index", shard.index, f"has {table.num_rows} rows, not {shard.samples}")
         if tokenizer is not None:
             beyond = (codes_of(table) >= tokenizer.codebook_size).any(axis=1)
             if beyond.any():
                 first = table.column("key")[int(beyond.argmax())]
                 what = f"codes beyond the codebook in {beyond.sum()} of {table.num_rows} rows, first {first}"
-                objects.wrong("index", shard.index, what)
+                self._wrong("index", shard.index, what)
         return table
 
-    def _images_in_place(
-        self, objects: _Objects, shard: ShardInfo, index: pa.Table | None
-    ) -> list[bytes] | None:
-        """The images of a tar that is still the one that was indexed, each with the bytes it had then."""
-        objects.count += 1
-        try:
-            check_in_place(shard)
-            if index is None:
-                return None
-            images = [row.image for row in read_rows(shard)]
-        except InputError as error:
-            what = str(error).partition("; ")[0].removeprefix(f"{shard.tar}, ")
-            return objects.damaged("tar", shard.tar, what, BRING_BACK)
-        objects.bytes += sum(map(len, images))
-        return images
+    def _check_images(self, index: pa.Table | None) -> None:
+        """The tar, and the chosen images in it; of one that was indexed in place the hash of every image."""
+        shard = self._shard
+        if shard.tar_sha256 is not None:
+            data = self._read("tar", shard.tar, shard.tar_bytes, shard.tar_sha256)
+            if data is not None and index is not None:
+                starts, lengths = index.column("image_offset"), index.column("image_bytes")
+                spans = zip(starts.to_pylist(), lengths.to_pylist(), strict=True)
+                self._decode(index, (data[start : start + length] for start, length in spans))
+        elif index is not None:
+            self._objects += 1
+            try:
+                images = [row.image for row in read_rows(shard)]
+            except InputError as error:
+                what = str(error).partition("; ")[0].removeprefix(f"{shard.tar}, ")
+                return self._problem("tar", shard.tar, what, BRING_BACK)
+            self._bytes += sum(map(len, images))
+            self._decode(index, images)
 
-    def _decode(self, objects: _Objects, shard: ShardInfo, index: pa.Table, images: Iterable[bytes]) -> int:
-        """Decode the chosen images and those of the decode probe; returns the number of chosen ones."""
-        if self.decode is None:
-            return 0
+    def _decode(self, index: pa.Table, images: Iterable[bytes]) -> None:
+        """Decode the chosen images and those of the decode probe."""
+        shard, tokenizer, decode = self._shard, self._part.manifest.tokenizer, decoder_of(self._part.manifest)
+        if decode is None:
+            return
         chosen = is_chosen(index.column("sample_id").to_numpy(), self._sample)
-        keys = index.column("key").to_pylist()
+        self._decoded = int(chosen.sum())
         troubles: list[str] = []
         for row, data in enumerate(images):
-            entry = self._probe.get((shard.view, shard.number, row))
-            self.undecoded_probe.discard((shard.view, shard.number, row))
+            entry = self._probe.pop((shard.view, shard.number, row), None)
             if not chosen[row] and entry is None:
                 continue
+            key = str(index.column("key")[row])
             try:
-                pixels = self.decode(data)
+                pixels = decode(data)
             except (Rejected, ValueError) as error:
-                troubles.append(f"{keys[row]} cannot be decoded ({error})")
+                troubles.append(f"{key} cannot be decoded ({error})")
                 continue
-            height, width = self._size(index, row)
-            if pixels.shape[:2] != (height, width):
-                actual = f"{pixels.shape[1]} x {pixels.shape[0]}"
-                troubles.append(f"{keys[row]} is {actual} pixels, not {width} x {height}")
-            if entry is not None and (entry.key, entry.sha256) != (keys[row], pixels_hash(pixels)):
+            height, width = pixels.shape[:2]
+            if tokenizer is None:
+                right = index.column("source_height")[row].as_py(), index.column("source_width")[row].as_py()
+            else:
+                right = tokenizer.image_size, tokenizer.image_size
+            if (height, width) != right:
+                troubles.append(f"{key} is {width} x {height} pixels, not {right[1]} x {right[0]}")
+            if entry is not None and (entry.key, entry.sha256) != (key, pixels_hash(pixels)):
                 what = f"{entry.key} of the decode probe has other pixels here than at the writer's"
-                objects.wrong("tar", shard.tar, what, "decode with the library versions of the recipe")
+                self._wrong("tar", shard.tar, what, "decode with the library versions of the recipe")
         if troubles:
-            what = f"{len(troubles)} of {len(keys)} images are wrong, first {troubles[0]}"
-            objects.wrong("tar", shard.tar, what)
-        return int(chosen.sum())
+            what = f"{len(troubles)} of {index.num_rows} images are wrong, first {troubles[0]}"
+            self._wrong("tar", shard.tar, what)
 
-    def _size(self, index: pa.Table, row: int) -> tuple[int, int]:
-        """Height and width that a stored image must have."""
-        tokenizer = self._part.manifest.tokenizer
-        if tokenizer is not None:
-            return tokenizer.image_size, tokenizer.image_size
-        return index.column("source_height")[row].as_py(), index.column("source_width")[row].as_py()
+    def _read(self, kind: ObjectKind, url: str, num_bytes: int | None, sha256: str | None) -> bytes | None:
+        """The bytes of an object, if they are those that were written."""
+        self._objects += 1
+        try:
+            data = storage.read(url)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return self._problem(kind, url, "missing")
+        except OSError as error:
+            if not storage.is_local(url):
+                raise
+            return self._problem(kind, url, f"cannot be read: {error.strerror}")
+        self._bytes += len(data)
+        actual = sha256_hex(data)
+        if (len(data), actual) == (num_bytes, sha256):
+            return data
+        what = f"damaged: {len(data)} bytes with sha256 {actual[:8]}…, written were {num_bytes} with"
+        return self._problem(kind, url, f"{what} {(sha256 or '')[:8]}…")
+
+    def _problem(self, kind: ObjectKind, url: str, what: str, mend: str = MEND, damaged: bool = True) -> None:
+        shard = self._shard
+        problem = Problem(object=url, kind=kind, part=self._part.url, what=what, mend=mend, damaged=damaged)
+        self.problems.append(dataclasses.replace(problem, view=shard.view, number=shard.number))
+
+    def _wrong(self, kind: ObjectKind, url: str, what: str, mend: str = NOT_AS_WRITTEN) -> None:
+        """An object that is intact, but its content is wrong."""
+        self._problem(kind, url, what, mend, damaged=False)
 
 
 def reasons_of(rejects: pa.Table | None) -> dict[str, int]:

@@ -87,23 +87,22 @@ def item_maker(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ItemRemaker:
-    """Makes shards of a finished dataset again, for a repair: from the images and the tokenizer at hand."""
+class RemadeFrom:
+    """What a repair has at hand to make shards of a finished dataset again: URLs, None where not given."""
 
-    dataset_url: str
-    images_url: str | None
-    tokenizer_url: str | None
-    num_threads: int
+    dataset: str
+    images: str | None
+    tokenizer: str | None
 
-    def __call__(self, plan: Plan, item: Item, codes: Mapping[int, np.ndarray] | None) -> BuiltShard:
+    def make(self, plan: Plan, item: Item, codes: Mapping[int, np.ndarray] | None) -> BuiltShard:
         """The shard of an item; InputError says what is missing."""
         encoder = None
+        if codes is None and self.tokenizer is None:
+            name = plan.inputs["tokenizer"]
+            raise InputError(f"its codes are lost; give their tokenizer, {name}, with --tokenizer")
         if codes is None:
-            if self.tokenizer_url is None:
-                name = plan.inputs["tokenizer"]
-                raise InputError(f"its codes are lost; give their tokenizer, {name}, with --tokenizer")
-            encoder = CropEncoder(plan, self.tokenizer_url)
-        maker = item_maker(plan, self.dataset_url, self.images_url, encoder, self.num_threads)
+            encoder = CropEncoder(plan, str(self.tokenizer))
+        maker = item_maker(plan, self.dataset, self.images, encoder, num_threads=2)
         return maker.make(item) if isinstance(maker, LayerMaker) else maker.make(item, codes)
 
 

@@ -49,14 +49,10 @@ def flipped(data: bytes, rng: np.random.Generator) -> bytes:
 DAMAGES: dict[str, Callable[[bytes, np.random.Generator], bytes | None]] = {
     "missing": lambda data, rng: None,
     "empty": lambda data, rng: b"",
-    "cut by a byte": lambda data, rng: data[:-1],
     "cut anywhere": lambda data, rng: data[: rng.integers(1, len(data))],
-    "cut at a block": lambda data, rng: data[: len(data) // 1024 * 512],
     "longer": lambda data, rng: data + b"\0",
     "a bit flipped": flipped,
-    "another bit flipped": flipped,
     "foreign, of the same size": lambda data, rng: rng.integers(0, 256, len(data), np.uint8).tobytes(),
-    "zeros": lambda data, rng: bytes(len(data)),
 }
 
 
@@ -117,7 +113,7 @@ def test_write_passes_refuse_damaged_inputs(written: Written, damage: str) -> No
         spoiled = DAMAGES[damage](data, rng)
         # of a tar only the images are read, and each has its hash
         is_tar = path in (images.tar, crops.tar)
-        harmless = is_tar and damage in ("longer", "cut by a byte")
+        harmless = is_tar and damage == "longer"
         Path(path).unlink() if spoiled is None else Path(path).write_bytes(spoiled)
         if not harmless and not (is_tar and "bit flipped" in damage):
             with pytest.raises(InputError, match=Path(path).name):
