@@ -10,9 +10,8 @@ from PIL import Image
 from jobs.report import html, pictures
 from jobs.report.pictures import Row, Tile
 from pretrain.evals.codebook import PRIOR, ExaminedCodebook, ShownCode
-from shards.dataset.codes import SHIFTS, CropSample
+from shards.dataset.codes import SHIFTS, CodeStatistics, CropSample
 from shards.dataset.dataset import Dataset
-from shards.dataset.summary import CodeStatistics
 from shards.pixels.views import decode_crop
 
 MARK = "<!-- written by jobs.visualize_codebook -->"

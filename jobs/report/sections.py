@@ -16,9 +16,8 @@ from jobs.report.findings import Findings, ReportConfig, comparison_words, summa
 from pipeline.training.metrics import METRICS_FILE
 from pretrain.evals.codebook import MIN_PATCHES, Likeness, show_codes
 from pretrain.model.artifacts import load_mim
-from shards.dataset.codes import draw_sample
+from shards.dataset.codes import code_statistics, count_codes, draw_sample
 from shards.dataset.dataset import Dataset
-from shards.dataset.summary import code_statistics, count_codes
 from shards.pixels.crops import FreshCrops
 from shards.pixels.views import CENTER_FRACTION, ViewPolicy, decode_crop
 from shards.reader.reader import Batches, ShardReader

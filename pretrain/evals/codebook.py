@@ -22,9 +22,14 @@ import torch
 
 from pipeline.threads import in_order
 from pipeline.training.metrics import Progress
-from shards.dataset.codes import CodeCounts, CropSample, count_places_and_classes
+from shards.dataset.codes import (
+    CodeCounts,
+    CodeStatistics,
+    CropSample,
+    code_statistics,
+    count_places_and_classes,
+)
 from shards.dataset.dataset import Dataset
-from shards.dataset.summary import CodeStatistics, code_statistics
 from shards.pixels.views import decode_crop
 from tokenizer.model.hog import Hog
 

@@ -1,4 +1,4 @@
-"""How often each code occurs in a token dataset, where on the grid, and in which classes.
+"""How often each code occurs in a token dataset, where on the grid, and in which classes; a sample of crops.
 
 One pass over the index files, shard by shard: memory is that of the tables, whatever the number of crops.
 """
@@ -15,14 +15,106 @@ from pipeline.errors import InputError
 from pipeline.training.metrics import Progress
 from shards.dataset.dataset import Dataset
 from shards.dataset.rows import PLACE_COLUMNS, Place
-from shards.dataset.summary import add_codes, codebook_size, require_codes
 from shards.format.index import codes_of
+from shards.format.manifest import ShardInfo
 
+LISTED_CODES = 8
+"""So many of the most and of the least used codes, and of the dead ones, are listed."""
 SAMPLED_SHARDS = 64
 """Shards that a sample of crops is drawn from, whose indexes are read; more where these hold too little."""
 UNLABELLED = -1
 SHIFTS = 4
 """So many times each grid is shifted: one alone scatters where codes are few."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodeCount:
+    """One code and how many patches carry it."""
+
+    code: int
+    patches: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodeStatistics:
+    """How the patches of all stored views use the codebook.
+
+    `usage` is the share of codes that occur at all (paper, Table 4); `perplexity` the exponential of the
+    entropy of code frequencies, codebook_size at most. `least_used` are codes that occur.
+    """
+
+    codebook_size: int
+    patches: int
+    usage: float
+    perplexity: float
+    most_used: tuple[CodeCount, ...]
+    least_used: tuple[CodeCount, ...]
+    num_dead: int
+    dead: tuple[int, ...]
+
+
+def count_codes(dataset: Dataset, views: Sequence[int] | None = None) -> np.ndarray:
+    """How many patches of some views, or of all, carry each code: int64 [codebook_size]."""
+    counts = np.zeros(codebook_size(dataset), np.int64)
+    for view in range(dataset.num_views) if views is None else views:
+        for shard in dataset.shards(view):
+            add_codes(counts, codes_of(dataset.read_index(view, shard.number, ("codes",))), shard)
+    return counts
+
+
+def codebook_size(dataset: Dataset) -> int:
+    """K of a token dataset's tokenizer."""
+    tokenizer = dataset.manifest.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{dataset.url} holds images, which have no codes")
+    return tokenizer.codebook_size
+
+
+def add_codes(counts: np.ndarray, codes: np.ndarray, shard: ShardInfo) -> None:
+    """Count a shard's codes into int64 [codebook_size]; InputError for one beyond the codebook."""
+    require_codes(codes, len(counts), shard)
+    counts += np.bincount(codes.ravel(), minlength=len(counts))
+
+
+def require_codes(codes: np.ndarray, codebook_size: int, shard: ShardInfo) -> None:
+    """InputError where a shard holds a code beyond the codebook."""
+    largest = int(codes.max(initial=0))
+    if largest >= codebook_size:
+        raise InputError(
+            f"{shard.index} of shard {shard.name} holds code {largest}, but the codebook has "
+            f"{codebook_size} codes; verify the dataset"
+        )
+
+
+def code_statistics(counts: np.ndarray) -> CodeStatistics:
+    """Statistics of code counts, int64 [codebook_size]; equally frequent codes are listed by number."""
+    dead = np.flatnonzero(counts == 0)
+    ascending = np.argsort(counts, kind="stable")
+    descending = np.argsort(-counts, kind="stable")
+    used = len(counts) - len(dead)
+
+    def listed(codes: np.ndarray) -> tuple[CodeCount, ...]:
+        return tuple(CodeCount(code=code, patches=int(counts[code])) for code in codes.tolist())
+
+    return CodeStatistics(
+        codebook_size=len(counts),
+        patches=int(counts.sum()),
+        usage=used / len(counts),
+        perplexity=perplexity(counts),
+        most_used=listed(descending[: min(LISTED_CODES, used)]),
+        least_used=listed(ascending[len(dead) : len(dead) + LISTED_CODES]),
+        num_dead=len(dead),
+        dead=tuple(dead[:LISTED_CODES].tolist()),
+    )
+
+
+def perplexity(counts: np.ndarray) -> float:
+    """exp(entropy) of the frequencies that counts stand for; 0 where nothing was counted."""
+    total = counts.sum()
+    if total == 0:
+        return 0.0
+    share = counts[counts > 0] / total
+    return float(np.exp(-(share * np.log(share)).sum()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

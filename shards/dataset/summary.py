@@ -7,48 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pipeline.errors import InputError
+from shards.dataset.codes import CodeCount, CodeStatistics, add_codes, code_statistics, codebook_size
 from shards.dataset.dataset import Dataset
 from shards.dataset.parts import Part, PartKind, open_part, parts, views_in_words
 from shards.format.index import codes_of
-from shards.format.manifest import Kind, ShardInfo
+from shards.format.manifest import Manifest, ShardInfo
 
-LISTED_CODES = 8
-"""So many of the most and of the least used codes, and of the dead ones, are listed."""
 EPOCHS = (300, 1600)
 """The paper's pretraining lengths (Tables 9 and 10)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CodeCount:
-    """One code and how many patches carry it."""
-
-    code: int
-    patches: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CodeStatistics:
-    """How the patches of all stored views use the codebook.
-
-    `usage` is the share of codes that occur at all (paper, Table 4); `perplexity` the exponential of the
-    entropy of code frequencies, codebook_size at most. `least_used` are codes that occur.
-    """
-
-    codebook_size: int
-    patches: int
-    usage: float
-    perplexity: float
-    most_used: tuple[CodeCount, ...]
-    least_used: tuple[CodeCount, ...]
-    num_dead: int
-    dead: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +34,7 @@ class SampleRow:
     label: int | None
     crop: dict[str, int] | None
     hflip: bool | None
-    grid: tuple[tuple[int, ...], ...] | None
+    grid: list[list[int]] | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,25 +59,13 @@ class PartSummary:
 class DatasetSummary:
     """A finished dataset in numbers. Bytes are those of the objects; a tar indexed in place counts once.
 
-    `samples` are those of each view; `labelled` counts stored samples of view 0 by label. `samples_in` =
-    `samples_written` + the sum of `samples_rejected`, over all views. `codes` are those of the tokenizer it
-    was opened with, `parts` everything that lies there.
+    `manifest` has the counts, over all views; `labelled` counts stored samples of view 0 by label. `codes`
+    are those of the tokenizer it was opened with, `parts` everything that lies there.
     """
 
     url: str
-    kind: Kind
-    format_version: int
     fingerprint: str
-    inputs: dict[str, str]
-    tokenizer: dict[str, Any] | None
-    recipe: dict[str, Any]
-    views: int
-    shards_per_view: int
-    samples: tuple[int, ...]
-    samples_in: int
-    samples_written: int
-    samples_rejected: dict[str, int]
-    class_names: tuple[str, ...] | None
+    manifest: Manifest
     labelled: dict[int, int]
     tar_bytes: int
     index_bytes: int
@@ -116,72 +75,27 @@ class DatasetSummary:
     parts: tuple[PartSummary, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """All of it as JSON: what the manifest says of the samples, and the numbers beside it."""
+        own = dataclasses.asdict(dataclasses.replace(self, manifest=None))  # type: ignore[arg-type]
+        del own["manifest"]
+        manifest = self.manifest.to_json()
+        return {
+            **own,
+            **{name: manifest[name] for name in _FROM_MANIFEST},
+            "views": self.manifest.num_views,
+            "samples": list(self.manifest.written_per_view),
+        }
 
 
-def count_codes(dataset: Dataset, views: Sequence[int] | None = None) -> np.ndarray:
-    """How many patches of some views, or of all, carry each code: int64 [codebook_size]."""
-    counts = np.zeros(codebook_size(dataset), np.int64)
-    for view in range(dataset.num_views) if views is None else views:
-        for shard in dataset.shards(view):
-            add_codes(counts, codes_of(dataset.read_index(view, shard.number, ("codes",))), shard)
-    return counts
-
-
-def codebook_size(dataset: Dataset) -> int:
-    """K of a token dataset's tokenizer."""
-    tokenizer = dataset.manifest.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"{dataset.url} holds images, which have no codes")
-    return tokenizer.codebook_size
-
-
-def add_codes(counts: np.ndarray, codes: np.ndarray, shard: ShardInfo) -> None:
-    """Count a shard's codes into int64 [codebook_size]; InputError for one beyond the codebook."""
-    require_codes(codes, len(counts), shard)
-    counts += np.bincount(codes.ravel(), minlength=len(counts))
-
-
-def require_codes(codes: np.ndarray, codebook_size: int, shard: ShardInfo) -> None:
-    """InputError where a shard holds a code beyond the codebook."""
-    largest = int(codes.max(initial=0))
-    if largest >= codebook_size:
-        raise InputError(
-            f"{shard.index} of shard {shard.name} holds code {largest}, but the codebook has "
-            f"{codebook_size} codes; verify the dataset"
-        )
-
-
-def code_statistics(counts: np.ndarray) -> CodeStatistics:
-    """Statistics of code counts, int64 [codebook_size]; equally frequent codes are listed by number."""
-    dead = np.flatnonzero(counts == 0)
-    ascending = np.argsort(counts, kind="stable")
-    descending = np.argsort(-counts, kind="stable")
-    used = len(counts) - len(dead)
-    return CodeStatistics(
-        codebook_size=len(counts),
-        patches=int(counts.sum()),
-        usage=used / len(counts),
-        perplexity=perplexity(counts),
-        most_used=_listed(counts, descending[: min(LISTED_CODES, used)]),
-        least_used=_listed(counts, ascending[len(dead) : len(dead) + LISTED_CODES]),
-        num_dead=len(dead),
-        dead=tuple(dead[:LISTED_CODES].tolist()),
-    )
-
-
-def perplexity(counts: np.ndarray) -> float:
-    """exp(entropy) of the frequencies that counts stand for; 0 where nothing was counted."""
-    total = counts.sum()
-    if total == 0:
-        return 0.0
-    share = counts[counts > 0] / total
-    return float(np.exp(-(share * np.log(share)).sum()))
+_FROM_MANIFEST = (
+    "kind", "format_version", "inputs", "tokenizer", "recipe", "shards_per_view", "samples_in",
+    "samples_written", "samples_rejected", "class_names",
+)  # fmt: skip
 
 
 def summarize(dataset: Dataset) -> DatasetSummary:
     """Everything about a dataset, from its manifest and one pass over its index files, checked by hash."""
-    manifest, tokens = dataset.manifest, dataset.kind == "tokens"
+    tokens = dataset.kind == "tokens"
     columns = ("codes", "label") if tokens else ("label",)
     counts = np.zeros(codebook_size(dataset) if tokens else 0, np.int64)
     labelled: dict[int, int] = {}
@@ -203,19 +117,8 @@ def summarize(dataset: Dataset) -> DatasetSummary:
                     labelled[int(label)] = labelled.get(int(label), 0) + int(number)
     return DatasetSummary(
         url=dataset.url,
-        kind=dataset.kind,
-        format_version=manifest.format_version,
         fingerprint=dataset.fingerprint,
-        inputs=manifest.inputs,
-        tokenizer=None if manifest.tokenizer is None else manifest.tokenizer.to_json(),
-        recipe=manifest.recipe.to_json(),
-        views=dataset.num_views,
-        shards_per_view=dataset.num_shards,
-        samples=manifest.written_per_view,
-        samples_in=manifest.samples_in,
-        samples_written=manifest.samples_written,
-        samples_rejected=manifest.samples_rejected,
-        class_names=manifest.class_names,
+        manifest=dataset.manifest,
         labelled=dict(sorted(labelled.items())),
         tar_bytes=tar_bytes,
         index_bytes=index_bytes,
@@ -231,19 +134,17 @@ def summarize(dataset: Dataset) -> DatasetSummary:
 
 def as_text(summary: DatasetSummary) -> str:
     """The summary for people: one fact per line, the grid as a table."""
-    written, rejected = summary.samples_written, sum(summary.samples_rejected.values())
-    reasons = ", ".join(f"{reason} {number:,}" for reason, number in summary.samples_rejected.items())
+    manifest = summary.manifest
+    written, rejected = manifest.samples_written, sum(manifest.samples_rejected.values())
+    per_view = " + ".join(f"{number:,}" for number in manifest.written_per_view)
     facts = [
         ("dataset", summary.url),
-        ("kind", f"{summary.kind}, format version {summary.format_version}"),
+        ("kind", f"{manifest.kind}, format version {manifest.format_version}"),
         ("fingerprint", summary.fingerprint),
-        *(("made from", f"{name} {value}") for name, value in summary.inputs.items()),
-        (
-            "views",
-            f"{summary.views} of {summary.shards_per_view:,} shards each, samples " + _per_view(summary),
-        ),
-        ("samples", f"{summary.samples_in:,} in = {written:,} written + {rejected:,} rejected"),
-        ("rejected", reasons or "none"),
+        *(("made from", f"{name} {value}") for name, value in manifest.inputs.items()),
+        ("views", f"{manifest.num_views} of {manifest.shards_per_view:,} shards each, samples {per_view}"),
+        ("samples", f"{manifest.samples_in:,} in = {written:,} written + {rejected:,} rejected"),
+        ("rejected", ", ".join(f"{why} {n:,}" for why, n in manifest.samples_rejected.items()) or "none"),
         ("labels", _labels(summary)),
         ("tars", _size(summary.tar_bytes, written)),
         ("index", _size(summary.index_bytes, written)),
@@ -252,11 +153,11 @@ def as_text(summary: DatasetSummary) -> str:
     lines = [f"{name:<14}{value}" for name, value in facts]
     if len(summary.parts) > 1:
         lines += ["", "parts", *(f"  {part.place:<20}{_part_in_words(part)}" for part in summary.parts)]
-    if summary.tokenizer is not None:
-        lines += ["", *_leaves("tokenizer", summary.tokenizer)]
-    lines += ["", *_leaves("recipe", summary.recipe)]
+    if manifest.tokenizer is not None:
+        lines += ["", *_leaves("tokenizer", manifest.tokenizer.to_json())]
+    lines += ["", *_leaves("recipe", manifest.recipe.to_json())]
     if summary.codes is not None:
-        lines += ["", *_codes_in_words(summary.codes), _epochs_in_words(summary.views)]
+        lines += ["", *_codes_in_words(summary.codes), _epochs_in_words(manifest.num_views)]
     if summary.example is not None:
         lines += ["", *_example_in_words(summary.example)]
     return "\n".join(lines)
@@ -275,15 +176,12 @@ def _part_in_words(part: PartSummary) -> str:
     return f"{what}, {part.crops:,} crops, {tars}{part.index_bytes:,} of index{each}"
 
 
-def _per_view(summary: DatasetSummary) -> str:
-    return " + ".join(f"{number:,}" for number in summary.samples)
-
-
 def _labels(summary: DatasetSummary) -> str:
     if not summary.labelled:
         return "none"
     numbers = summary.labelled.values()
-    named = f" of {len(summary.class_names)} named" if summary.class_names is not None else ""
+    names = summary.manifest.class_names
+    named = f" of {len(names)} named" if names is not None else ""
     return (
         f"{sum(numbers):,} samples in {len(numbers):,}{named} classes, "
         f"{min(numbers):,} to {max(numbers):,} samples each"
@@ -342,10 +240,6 @@ def _example_in_words(sample: SampleRow) -> list[str]:
 # ------------------------------------------------------------------------------------------------ inside
 
 
-def _listed(counts: np.ndarray, codes: np.ndarray) -> tuple[CodeCount, ...]:
-    return tuple(CodeCount(code=int(code), patches=int(counts[code])) for code in codes)
-
-
 def _part(root: str, part: Part) -> PartSummary:
     table = open_part(part) if part.finished else None
     return PartSummary(
@@ -367,17 +261,6 @@ def _example(dataset: Dataset) -> SampleRow | None:
     if first is None:
         return None
     [row] = dataset.read_index(0, first.number).slice(0, 1).to_pylist()
-    grid: tuple[tuple[int, ...], ...] | None = None
-    if dataset.kind == "tokens":
-        grid = tuple(tuple(codes) for codes in np.reshape(row["codes"], dataset.manifest.grid).tolist())
-    return SampleRow(
-        key=row["key"],
-        source=row["source"],
-        source_width=row["source_width"],
-        source_height=row["source_height"],
-        image_bytes=row["image_bytes"],
-        label=row["label"],
-        crop=row.get("crop"),
-        hflip=row.get("hflip"),
-        grid=grid,
-    )
+    names = [field.name for field in dataclasses.fields(SampleRow) if field.name != "grid"]
+    grid = np.reshape(row["codes"], dataset.manifest.grid).tolist() if dataset.kind == "tokens" else None
+    return SampleRow(**{name: row.get(name) for name in names}, grid=grid)

@@ -16,8 +16,8 @@ from jobs.report.pictures import RED
 from jobs.visualize_codebook import VisualizeConfig, read_codebook, visualize_codebook
 from pipeline import storage
 from pipeline.errors import InputError
+from shards.dataset.codes import code_statistics
 from shards.dataset.dataset import open_dataset
-from shards.dataset.summary import code_statistics
 from shards.format.build import build_shard
 from shards.format.manifest import TokenizerSpec
 from shards.format.plan import Plan

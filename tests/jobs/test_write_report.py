@@ -25,8 +25,8 @@ from pretrain.evals.probe import ProbeResult, Score, compare, wilson_interval
 from pretrain.model.artifacts import save_backbone
 from pretrain.model.backbone import Backbone, BackboneConfig
 from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
+from shards.dataset.codes import code_statistics, count_codes
 from shards.dataset.dataset import open_dataset
-from shards.dataset.summary import code_statistics, count_codes
 from shards.pixels.views import ViewPolicy
 from shards.writer.prepare import PrepareConfig, prepare_images
 from tokenizer.model.artifact import VisualTokenizer, save_tokenizer

@@ -11,9 +11,8 @@ import pytest
 
 from pipeline.errors import InputError
 from shards.dataset import codes as code_counts
-from shards.dataset.codes import count_places_and_classes
+from shards.dataset.codes import add_codes, count_codes, count_places_and_classes
 from shards.dataset.dataset import Dataset, open_dataset
-from shards.dataset.summary import add_codes, count_codes
 from shards.format.index import codes_of
 
 

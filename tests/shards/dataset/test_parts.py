@@ -15,6 +15,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import InputError
+from shards.dataset.codes import count_codes
 from shards.dataset.dataset import (
     index_files,
     layer_url,
@@ -24,7 +25,7 @@ from shards.dataset.dataset import (
     views_url,
 )
 from shards.dataset.parts import open_part, parts
-from shards.dataset.summary import as_text, count_codes, summarize
+from shards.dataset.summary import as_text, summarize
 from shards.format.build import BuildError
 from shards.format.index import codes_of, index_header
 from shards.format.manifest import Recipe, TokenizerSpec, read_manifest
