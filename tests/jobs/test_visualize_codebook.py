@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from jobs.report.pictures import RED
@@ -24,12 +23,12 @@ from shards.format.plan import Plan
 from shards.format.records import StoredSample
 from shards.pixels.views import CropBox, decode_crop, encode_crop
 from shards.writer.commit import commit, finish, pending, start
-from tokenizer.model.artifact import VisualTokenizer, save_tokenizer
-from tokenizer.model.teacher import TeacherConfig, build_teacher
-from tokenizer.model.vqkd import VQKD, VQKDConfig
+from tokenizer.model.artifact import VisualTokenizer
 
-SIDE, PATCH, CODEBOOK_SIZE, SAMPLES = 32, 8, 13, 40
+SIDE, PATCH, CODEBOOK_SIZE, SAMPLES = 32, 8, 32, 40
 GRID = (SIDE // PATCH, SIDE // PATCH)
+RECORDED = Path(__file__).parents[1] / "recorded" / "data"
+TOKENIZER = str(RECORDED / "tokenizer")
 FILES = ("codebook.html", "codes.png", "usage.png", "places.png")
 
 
@@ -52,23 +51,6 @@ def drawn(sample_id: int, view: int) -> tuple[np.ndarray, np.ndarray]:
             case _:
                 patch[:] = rng.integers(0, 256, patch.shape)
     return pixels, codes.astype(np.uint16)
-
-
-def save_random_tokenizer(url: str, seed: int) -> str:
-    torch.manual_seed(seed)
-    config = VQKDConfig(
-        image_size=SIDE, patch_size=PATCH, width=16, depth=1, heads=2, decoder_depth=1,
-        codebook_size=CODEBOOK_SIZE, code_dim=4, kmeans_init=False,
-    )  # fmt: skip
-    teacher = build_teacher(TeacherConfig(name="hog"), SIDE, PATCH, torch.device("cpu"))
-    figures = {"reconstruction_loss": 0.1, "codebook_usage": 1.0, "perplexity": 7.0}
-    save_tokenizer(url, VQKD(config, teacher.dim), teacher=teacher, metrics=figures, inputs={})
-    return url
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_random_tokenizer(str(tmp_path_factory.mktemp("tokenizer") / "artifact"), seed=0)
 
 
 def write_tokens(root: str, spec: TokenizerSpec, *, labels: bool = True) -> None:
@@ -102,18 +84,18 @@ def write_tokens(root: str, spec: TokenizerSpec, *, labels: bool = True) -> None
 
 
 @pytest.fixture(scope="module")
-def tokens(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = str(tmp_path_factory.mktemp("codebook") / "tokens")
-    write_tokens(root, VisualTokenizer.load(tokenizer).spec)
+    write_tokens(root, VisualTokenizer.load(TOKENIZER).spec)
     return root
 
 
 @pytest.fixture(scope="module")
-def shown(tokens: str, tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shown(tokens: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("shown") / "out"
     visualize_codebook(
         VisualizeConfig(
-            dataset=tokens, tokenizer=tokenizer, output=str(output), num_codes=5, patches_per_code=6
+            dataset=tokens, tokenizer=TOKENIZER, output=str(output), num_codes=5, patches_per_code=6
         )
     )
     return output
@@ -165,8 +147,8 @@ def test_the_code_of_the_top_row_is_the_one_bound_to_a_place(shown: Path):
     assert numbers["position_bits"] > 3 * numbers["position_bits_shifted"]
 
 
-def test_neighbours_are_the_nearest_codes_of_the_tokenizer(shown: Path, tokenizer: str, tokens: str):
-    vectors = read_codebook(tokenizer, open_dataset(tokens))
+def test_neighbours_are_the_nearest_codes_of_the_tokenizer(shown: Path, tokens: str):
+    vectors = read_codebook(TOKENIZER, open_dataset(tokens))
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     for code in result(shown)["codes"]:
         cosines = [(float(vectors[code["code"]] @ other), number) for number, other in enumerate(vectors)]
@@ -252,7 +234,7 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(tokens: str, shown:
     def changed(**values: object) -> VisualizeConfig:
         return dataclasses.replace(config, **values)  # type: ignore[arg-type]
 
-    other = save_random_tokenizer(str(tmp_path / "other"), seed=1)
+    other = str(RECORDED / "tokenizer_2")
     refused(changed(tokenizer=other), "has codes of tokenizer .* give the tokenizer that the codes came from")
     refused(changed(output=str(shown)), "belongs to another run")
     refused(changed(dataset=str(tmp_path / "nowhere")), "there is no dataset at")
@@ -264,7 +246,7 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(tokens: str, shown:
     refused(changed(output=str(tmp_path / "taken")), "already holds something else")
 
     unfinished = tmp_path / "unfinished"
-    spec = TokenizerSpec(fingerprint="a" * 64, grid=GRID, codebook_size=13, image_size=SIDE)
+    spec = TokenizerSpec(fingerprint="a" * 64, grid=GRID, codebook_size=CODEBOOK_SIZE, image_size=SIDE)
     write_tokens(str(unfinished), spec)
     (unfinished / "manifest.json").unlink()
     refused(changed(dataset=str(unfinished)), "is unfinished")
