@@ -95,10 +95,11 @@ def estimate_pass(config: PrecomputeConfig) -> Estimate:
     views_in_all = views if layer else plan.first_view + plan.views
     sample = _measure(config, plan, images)
     encode_s = sample.encode_s
-    codes_in_tar = 512 + _blocks(128 + 2 * math.prod(plan.require_tokenizer().grid))
-    view_bytes = per_view * (codes_in_tar + 512 + _blocks(int(sample.crop_bytes)))
     # Of tars that were indexed in place several shards may name one.
     source_bytes = sum({shard.tar: shard.tar_bytes for shard in images.shards(0)}.values())
+    codes_in_tar = 512 + _blocks(128 + 2 * math.prod(plan.require_tokenizer().grid))
+    view_bytes = per_view * (codes_in_tar + 512 + _blocks(int(sample.crop_bytes)))
+    view_bytes = source_bytes if layer else view_bytes
 
     # Time for what is not done yet: the slowest of the threads that prepare, the encoder, the cores of both.
     left = per_view * views * (1 - done / shards)

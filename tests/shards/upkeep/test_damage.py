@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import InputError
-from shards.dataset.dataset import open_dataset, open_table
-from shards.dataset.rows import read_rows, read_shard_rejects
+from shards.dataset.dataset import open_dataset
+from shards.dataset.rows import read_rows
 from shards.pixels.crops import FreshCrops, StoredCrops
 from shards.pixels.views import ViewPolicy
 from shards.reader.reader import Batches, ShardReader
@@ -81,25 +81,6 @@ def test_a_damaged_object_is_refused_by_its_name(written: Written, part: str, da
         assert named in str(refused.value) and "\n" not in str(refused.value)
         path.write_bytes(data)
     assert read_all(root, codes) == whole
-
-
-def read_rejects(root: str) -> Iterator[int]:
-    table = open_table(root)
-    for view in range(table.num_views):
-        for shard in table.shards(view):
-            rejects = read_shard_rejects(shard)
-            yield 0 if rejects is None else rejects.num_rows
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_rejects_are_refused(written: Written, damage: str) -> None:
-    rng = np.random.default_rng([*map(ord, damage)])
-    assert sum(read_rejects(written.images)) == 1
-    [path] = (Path(written.images) / "rejects").iterdir()
-    spoiled = DAMAGES[damage](path.read_bytes(), rng)
-    path.unlink() if spoiled is None else path.write_bytes(spoiled)
-    with pytest.raises(InputError, match=rf"{path.name} of shard .* is (damaged|missing)"):
-        list(read_rejects(written.images))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
