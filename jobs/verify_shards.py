@@ -108,9 +108,9 @@ def verify(config: VerifyConfig) -> Report:
         images = _images(config, verification)
 
         def make_item(plan: Plan, item: Item, codes: Codes | None) -> BuiltShard:
-            from tokenizer.precompute.items import RemadeFrom  # torch, which image shards do not need
+            from tokenizer.precompute.items import RepairInputs  # torch, which image shards do not need
 
-            given = RemadeFrom(dataset=verification.url, images=images, tokenizer=config.tokenizer)
+            given = RepairInputs(dataset=verification.url, images=images, tokenizer=config.tokenizer)
             return given.make(plan, item, codes)
 
         repairs = repair_dataset(verification, make_item)

@@ -87,7 +87,7 @@ def item_maker(
 
 
 @dataclass(frozen=True, kw_only=True)
-class RemadeFrom:
+class RepairInputs:
     """What a repair has at hand to make shards of a finished dataset again: URLs, None where not given."""
 
     dataset: str
