@@ -5,6 +5,7 @@ python -m jobs.check_reference --fixtures ../shared/reference/fixtures [--json]
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -48,25 +49,26 @@ def main(config: CheckReferenceConfig) -> None:
 def check_folder(folder: str) -> Checks:
     """Every fixture of a folder, in order of names. InputError when it holds none."""
     names = [file.url.removeprefix(folder).strip("/") for file in storage.list_files(folder)]
-    fixtures, others = find_fixtures(folder, names)
-    present = [name for name in others if name in TABLES]
-    if not fixtures and not present:
+    fixtures, tables = find_fixtures(folder, names), sorted(TABLES.keys() & names)
+    if not fixtures and not tables:
         raise InputError(
             f"{folder} holds no fixtures ({len(names)} files); give a folder with vqkd_tiny_*, mim_tiny_*, "
             f"finetune_tiny*, {' or '.join(TABLES)}"
         )
-    checks = Checks()
+    checks, used = Checks(), set(tables)
     for fixture in fixtures:
         checks.group = fixture.stem
-        for name in fixture.missing:
+        missing = [name for name in fixture.files() if name not in names]
+        for name in missing:
             checks.fail(name, "the file is missing")
-        if not fixture.missing:
+        if not missing:
             _attempt(checks, "fixture", lambda fixture=fixture: MODELS[fixture.kind](fixture, checks))
-    for name in present:
+        used.update(fixture.files())
+    for name in tables:
         checks.group, url = name.removesuffix(".npz"), storage.join(folder, name)
         _attempt(checks, "file", lambda name=name, url=url: TABLES[name](read_arrays(url), checks))
     checks.group = ""
-    checks.leave(name for name in others if name not in TABLES)
+    checks.leave(set(names) - used)
     return checks
 
 
@@ -97,11 +99,9 @@ def as_json(checks: Checks) -> dict[str, Any]:
         "passed": all(check.passed for check in checks.done),
         "checks": [
             {
-                "name": check.name,
+                **dataclasses.asdict(check),
                 "difference": check.difference if math.isfinite(check.difference) else None,
-                "tolerance": check.tolerance,
                 "passed": check.passed,
-                "note": check.note,
             }
             for check in checks.done
         ],

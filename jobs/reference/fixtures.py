@@ -70,7 +70,7 @@ class Checks:
             note = "; ".join(filter(None, [f"{difference} of {ours.numel()}", note]))
         self._add(name, difference, tolerance, note)
 
-    def all_close(
+    def compare_all(
         self,
         name: str,
         ours: Mapping[str, Tensor],
@@ -83,23 +83,20 @@ class Checks:
         if missing := sorted(ours.keys() ^ theirs.keys()):
             self.fail(name, f"{missing[0]} is {'not there' if missing[0] in ours else 'unknown here'}")
             return
-        worst, worst_name, excluded = 0.0, "", 0
+        noise = {key: gradient.abs() < NOISE for key, gradient in (gradients or {}).items()}
+        differences: dict[str, float] = {}
         for key, expected in theirs.items():
-            value = ours[key].detach()
-            if gradients is not None and key in gradients:
-                noise = gradients[key].abs() < NOISE
-                excluded += int(noise.sum())
-                value = torch.where(noise, expected, value)
-            difference = relative_difference(value, expected)
-            if difference > worst:
-                worst, worst_name = difference, key
-        notes = [f"{len(theirs)} tensors", f"most in {worst_name}" if worst_name else ""]
+            value = torch.where(noise[key], expected, ours[key]) if key in noise else ours[key]
+            differences[key] = relative_difference(value, expected)
+        worst = max(differences, key=differences.__getitem__)
+        note = f"{len(theirs)} tensors" + (f", most in {worst}" if differences[worst] else "")
         if gradients is not None:
+            excluded = sum(int(mask.sum()) for mask in noise.values())
             total = sum(tensor.numel() for tensor in theirs.values())
-            notes.append(f"{excluded:,} of {total:,} entries without a gradient left out")
-        self._add(name, worst, tolerance, ", ".join(filter(None, notes)))
+            note += f", {excluded:,} of {total:,} entries without a gradient left out"
+        self._add(name, differences[worst], tolerance, note)
 
-    def steps(self, recorded: Iterable[Mapping[str, Any]], ours: Mapping[str, list[Tensor]]) -> None:
+    def compare_steps(self, recorded: Iterable[Mapping[str, Any]], ours: Mapping[str, list[Tensor]]) -> None:
         """Losses and gradient norms of the optimizer steps, by their names in the meta file."""
         for key, values in ours.items():
             norms = key == "grad_norm"
@@ -112,8 +109,10 @@ class Checks:
         self._add(name, math.inf, 0.0, why)
 
     def leave(self, names: Iterable[str]) -> None:
-        """Things that were seen and not compared."""
-        self.left_alone += [f"{self.group}: {name}" if self.group else name for name in sorted(names)]
+        """Names that were seen; those that were not compared by now are listed as left alone."""
+        prefix = f"{self.group}: " if self.group else ""
+        done = {check.name for check in self.done}
+        self.left_alone += [prefix + name for name in sorted(names) if prefix + name not in done]
 
     def _add(self, name: str, difference: float, tolerance: float, note: str) -> None:
         full = f"{self.group}: {name}" if self.group else name
@@ -136,40 +135,6 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fixture:
-    """One run of the reference: its inputs and outputs, weights before and after, gradients."""
-
-    stem: str
-    kind: str
-    folder: str
-    missing: tuple[str, ...]
-    """Names of the files that belong to such a fixture and are not there."""
-
-    def arrays(self, name: str = "io") -> Arrays:
-        """The arrays of a file of numpy arrays."""
-        return read_arrays(self._url(f"{name}.npz"))
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a safetensors file."""
-        return read_tensors(self._url(f"{name}.safetensors")).tensors
-
-    def meta(self) -> dict[str, Any]:
-        """The numbers beside the arrays: recorded steps and their learning rates, of one length."""
-        name = f"{self.stem}_meta.json"
-        try:
-            meta = json.loads(storage.read(storage.join(self.folder, name)))
-        except ValueError as error:
-            raise InputError(f"{name} cannot be read: {error}") from None
-        steps, rates = (meta.get(key) for key in ("three_steps", "lrs"))
-        if not steps or not rates or len(steps) != len(rates):
-            raise InputError(f"{name} has no `three_steps` and `lrs` of one length")
-        return meta
-
-    def _url(self, ending: str) -> str:
-        return storage.join(self.folder, f"{self.stem}_{ending}")
-
-
 class Arrays(dict[str, Tensor]):
     """Arrays by name; InputError for a name that is not there."""
 
@@ -186,20 +151,44 @@ def read_arrays(url: str) -> Arrays:
         raise InputError(f"{storage.name(url)} cannot be read: {error}") from None
 
 
-def find_fixtures(folder: str, names: Iterable[str]) -> tuple[list[Fixture], list[str]]:
-    """The fixtures among the files of a folder, by name, and the files that belong to none."""
+@dataclass(frozen=True, kw_only=True)
+class Fixture:
+    """One run of the reference: its inputs and outputs, weights before and after, gradients."""
+
+    stem: str
+    kind: str
+    folder: str
+
+    def files(self) -> list[str]:
+        """Names of the files it consists of."""
+        return [f"{self.stem}_{ending}" for ending in ENDINGS[self.kind]]
+
+    def arrays(self, name: str = "io") -> Arrays:
+        """The arrays of a file of numpy arrays."""
+        return read_arrays(storage.join(self.folder, f"{self.stem}_{name}.npz"))
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a safetensors file."""
+        return read_tensors(storage.join(self.folder, f"{self.stem}_{name}.safetensors")).tensors
+
+    def meta(self) -> dict[str, Any]:
+        """The numbers beside the arrays: recorded steps and their learning rates, of one length."""
+        name = f"{self.stem}_meta.json"
+        try:
+            meta = json.loads(storage.read(storage.join(self.folder, name)))
+        except ValueError as error:
+            raise InputError(f"{name} cannot be read: {error}") from None
+        steps, rates = (meta.get(key) for key in ("three_steps", "lrs"))
+        if not steps or not rates or len(steps) != len(rates):
+            raise InputError(f"{name} has no `three_steps` and `lrs` of one length")
+        return meta
+
+
+def find_fixtures(folder: str, names: Iterable[str]) -> list[Fixture]:
+    """The fixtures among the files of a folder, in order of names, complete or not."""
     kinds: dict[str, str] = {}
-    others = set(names)
-    for kind, endings in ENDINGS.items():
-        for name in sorted(others):
-            for stem in (name.removesuffix(f"_{ending}") for ending in endings):
-                if stem != name and (stem == kind or stem.startswith(f"{kind}_")):
-                    kinds[stem] = kind
-                    others.discard(name)
-    everything = set(names)
-    fixtures: list[Fixture] = []
-    for stem, kind in sorted(kinds.items()):
-        files = [f"{stem}_{ending}" for ending in ENDINGS[kind]]
-        missing = tuple(file for file in files if file not in everything)
-        fixtures.append(Fixture(stem=stem, kind=kind, folder=folder, missing=missing))
-    return fixtures, sorted(others)
+    for name in names:
+        for kind, endings in ENDINGS.items():
+            stems = {name.removesuffix(f"_{ending}") for ending in endings} - {name}
+            kinds |= {stem: kind for stem in stems if stem == kind or stem.startswith(f"{kind}_")}
+    return [Fixture(stem=stem, kind=kind, folder=folder) for stem, kind in sorted(kinds.items())]

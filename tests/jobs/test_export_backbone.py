@@ -185,7 +185,11 @@ def test_the_card_tells_where_the_weights_come_from(
     for said in ("t" * 64, "s" * 64, "hog", "5.4321", "77", '"image_size": 24'):
         assert said in card
     card = (export(classifier[1], tmp_path / "b", "transformers") / "README.md").read_text()
-    assert '"top1": 0.875' in card and "pipeline_tag: image-classification" in card
+    assert (
+        re.search(r"^license:\s*(#.*)?$", card, re.M)
+        and '"top1": 0.875' in card
+        and "pipeline_tag: image-classification" in card
+    )
 
 
 @pytest.mark.filterwarnings("ignore:the store of memory")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -191,50 +190,3 @@ def test_on_the_command_line_it_is_one_line_and_status_2(tmp_path: Path, publish
     assert ended.returncode == 2 and ended.stdout == "" and ended.stderr.count("\n") == 1
     assert ended.stderr.startswith("error: ") and "open" in ended.stderr
     assert not (tmp_path / "victim").exists() and not (tmp_path / "out").exists()
-
-
-# ------------------------------------------------------------------------------------------------ whole size
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "inventory",
-    [
-        "vqkd_encoder_base_decoder_1x768x12_clip",
-        "vqkd_encoder_base_decoder_1x768x12_dino",
-        "vqkd_encoder_base_decoder_3x768x12_clip",
-        "beit_base_patch16_224_8k_vocab",
-        "beit_base_patch16_224_8k_vocab_cls_pt",
-        "beit_large_patch16_224_8k_vocab_cls_pt",
-        "finetune_beit_base_patch16_224",
-        "finetune_beit_base_patch16_224_usecls",
-        "finetune_beit_large_patch16_224",
-    ],
-)
-def test_the_published_files_at_their_size_there_and_back(
-    tmp_path: Path, published_state: PublishedState, inventory: str
-):
-    """All keys, shapes and types, through both jobs and both kinds of file; up to 10 GB of disk."""
-    from jobs.export_backbone import ExportConfig
-    from jobs.export_backbone import main as export
-
-    state = published_state(inventory, shrink=False)
-    run(checkpoint(tmp_path / "x.pth", state), tmp_path / "artifact")
-    config = ExportConfig(
-        backbone=str(tmp_path / "artifact"),
-        format="official",
-        output=str(tmp_path / "out"),
-        layout="pretraining" if inventory.startswith("beit") else None,
-    )
-    export(config)
-    [pth] = (tmp_path / "out").glob("*.pth")
-    found = torch.load(pth, map_location="cpu", weights_only=True)["model"]
-    expected = {key: (list(tensor.shape), str(tensor.dtype)) for key, tensor in state.items()}
-    assert {key: (list(tensor.shape), str(tensor.dtype)) for key, tensor in found.items()} == expected
-    same = [key for key in state if torch.equal(found[key], state[key])]
-    unused = ("relative_position_index", "embedding.cluster_size", "embedding.embed_avg")
-    assert all(key.endswith(unused) for key in state.keys() - set(same))
-    header = json.loads((tmp_path / "artifact" / "run.json").read_text())
-    assert header["job"] == "import_checkpoint"
-    for path in tmp_path.rglob("*.*t*"):  # pytest would keep gigabytes
-        path.unlink()

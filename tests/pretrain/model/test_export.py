@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from pretrain.model.backbone import Backbone, BackboneConfig, BackboneSize
 from pretrain.model.classifier import Classifier, ClassifierConfig
-from pretrain.model.export import VisionModel, model_card, to_timm, to_transformers, vision_model
+from pretrain.model.export import VisionModel, to_timm, to_transformers, vision_model
 from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
 from pretrain.model.official import at_image_size
 
@@ -73,15 +70,6 @@ def timm_model(exported: VisionModel) -> nn.Module:
     return model.eval()
 
 
-def test_timm_has_the_features_of_a_backbone(mim: MIM, pixels: Tensor):
-    theirs = timm_model(vision_model(mim.state_dict(), TINY))
-    with torch.no_grad():
-        features, tokens = mim.features(pixels), theirs.forward_features(pixels)  # type: ignore[operator]
-        torch.testing.assert_close(tokens[:, 0], features.cls, **EXACT)
-        torch.testing.assert_close(tokens[:, 1:], features.patches, **EXACT)
-        torch.testing.assert_close(theirs(pixels), features.cls, **EXACT)
-
-
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_timm_has_the_logits_of_a_classifier(name: str, pixels: Tensor):
     ours, exported = classifier(name)
@@ -140,15 +128,6 @@ def transformers_model(exported: VisionModel) -> nn.Module:
     return model.eval()
 
 
-def test_transformers_has_the_features_of_a_backbone(mim: MIM, pixels: Tensor):
-    theirs = transformers_model(vision_model(mim.state_dict(), TINY))
-    with torch.no_grad():
-        features, found = mim.features(pixels), theirs(pixels)
-    torch.testing.assert_close(found.last_hidden_state[:, 1:], features.patches, **EXACT)
-    torch.testing.assert_close(found.last_hidden_state[:, 0], features.cls, **EXACT)
-    torch.testing.assert_close(found.pooler_output, features.cls, **EXACT)
-
-
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_transformers_has_the_logits_of_a_classifier(name: str, pixels: Tensor):
     ours, exported = classifier(name)
@@ -156,16 +135,3 @@ def test_transformers_has_the_logits_of_a_classifier(name: str, pixels: Tensor):
     with torch.no_grad():
         torch.testing.assert_close(theirs(pixels).logits, ours(pixels), **EXACT)
     assert theirs.config.id2label == dict(enumerate("vwxyz"))  # type: ignore[union-attr]
-
-
-# ------------------------------------------------------------------------------------------------ model card
-
-
-def test_a_model_card_says_what_is_known_and_leaves_the_licence_open():
-    front = {"library_name": "timm", "pipeline_tag": "image-feature-extraction"}
-    header = {"fingerprint": "f" * 64, "metrics": {"loss": 2.5}}
-    card = model_card("A title", "What it is.", "import timm", front, header)
-    _, shown, text = card.split("---", 2)
-    assert "library_name: timm\n" in shown and re.search(r"^license:\s*(#.*)?$", shown, re.M)
-    assert "\n# A title\n" in text and "```python\nimport timm\n```" in text
-    assert json.loads(re.findall(r"```json\n(.*?)```", text, re.S)[0]) == header

@@ -120,39 +120,28 @@ def test_kinds_are_recognised_from_names(names: list[str], kind: str | None):
     assert kind_of(names) == kind
 
 
-TABLE = "blocks.5.attn.relative_position_bias_table"
+PRE, FINE = PRETRAINING[1][0], FINETUNED[0][0]
+SHARED, TABLE = (f"{place}.relative_position_bias_table" for place in ("rel_pos_bias", "blocks.5.attn"))
 
 
 @pytest.mark.parametrize(
     ("inventory", "key", "change", "says"),
     [
-        (PRETRAINING[1][0], "cls_token", None, "cls_token is missing"),
-        (PRETRAINING[1][0], "lm_head.bias", None, r"lm_head\.bias is missing"),
-        (
-            PRETRAINING[1][0],
-            "rel_pos_bias.relative_position_bias_table",
-            None,
-            "position_bias_table is missing",
-        ),
-        (PRETRAINING[1][0], "cls_pt_layers.1.gamma_1", None, r"cls_pt_layers\.1\.gamma_1 is missing"),
-        (PRETRAINING[1][0], "cls_token", torch.zeros(1, 1, 25), "cls_token is 1x1x25, but 1x1x24"),
-        (
-            PRETRAINING[1][0],
-            "rel_pos_bias.relative_position_bias_table",
-            torch.zeros(700, 12),
-            "no square grid",
-        ),
-        (PRETRAINING[1][0], "rel_pos_bias.relative_position_index", torch.zeros(3, 3).long(), "index is 3x3"),
-        (PRETRAINING[1][0], "rel_pos_bias.relative_position_bias_table", torch.zeros(732, 7), "for 7 heads"),
-        (PRETRAINING[1][0], "pos_embed", torch.zeros(1, 197, 24), "pos_embed has no place"),
-        (FINETUNED[0][0], "blocks.11.mlp.fc2.bias", None, r"blocks\.11\.mlp\.fc2\.bias is missing"),
-        (FINETUNED[0][0], "fc_norm.bias", None, r"fc_norm\.bias is missing"),
-        (FINETUNED[0][0], "head.weight", torch.zeros(1000, 23), r"head\.weight is 1000x23, but 1000x24"),
-        (FINETUNED[0][0], TABLE, torch.zeros(676, 12), f"{TABLE} is 676x12, but 732x12"),
-        (FINETUNED[0][0], TABLE, torch.zeros(732, 6), f"{TABLE} is 732x6, but 732x12"),
-        (FINETUNED[0][0], "blocks.0.norm1.weight", torch.zeros(5), r"blocks\.0\.norm1\.weight is 5, but 24"),
-        (FINETUNED[0][0], "head.bias", torch.full((1000,), torch.inf), r"head\.bias holds NaN or infinity"),
-        (FINETUNED[0][0], "norm.weight", torch.zeros(24), "(norm.bias is missing|has no place)"),
+        (PRE, "cls_token", None, "cls_token is missing"),
+        (PRE, "lm_head.bias", None, r"lm_head\.bias is missing"),
+        (PRE, SHARED, None, "position_bias_table is missing"),
+        (PRE, "cls_pt_layers.1.gamma_1", None, r"cls_pt_layers\.1\.gamma_1 is missing"),
+        (PRE, "cls_token", torch.zeros(1, 1, 25), "cls_token is 1x1x25, but 1x1x24"),
+        (PRE, SHARED, torch.zeros(700, 12), "no square grid"),
+        (PRE, SHARED, torch.zeros(732, 7), "for 7 heads"),
+        (PRE, "rel_pos_bias.relative_position_index", torch.zeros(3, 3).long(), "index is 3x3"),
+        (PRE, "pos_embed", torch.zeros(1, 197, 24), "pos_embed has no place"),
+        (FINE, "fc_norm.bias", None, r"fc_norm\.bias is missing"),
+        (FINE, "head.weight", torch.zeros(1000, 23), r"head\.weight is 1000x23, but 1000x24"),
+        (FINE, TABLE, torch.zeros(676, 12), f"{TABLE} is 676x12, but 732x12"),
+        (FINE, TABLE, torch.zeros(732, 6), f"{TABLE} is 732x6, but 732x12"),
+        (FINE, "head.bias", torch.full((1000,), torch.inf), r"head\.bias holds NaN or infinity"),
+        (FINE, "norm.weight", torch.zeros(24), "(norm.bias is missing|has no place)"),
     ],
 )
 def test_the_first_offending_key_is_named(

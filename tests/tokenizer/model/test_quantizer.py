@@ -232,14 +232,6 @@ def test_restart_moves_exactly_the_codes_not_chosen_lately(steps: int, dead: lis
     assert module.restart_dead_(features, ALONE, steps=steps, seed=4) == 0
 
 
-def test_restart_takes_no_token_twice():
-    module = ready_quantizer(codes=10, dim=4)
-    features = torch.randn(6, 4)
-    assert module.restart_dead_(features, ALONE, steps=5, seed=0) == 6
-    tokens = {tuple(row.tolist()) for row in l2_normalize(features)}
-    assert tokens <= {tuple(row.tolist()) for row in module.codebook}
-
-
 # ------------------------------------------------------------------------------------------------ usage
 
 
