@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,12 +249,8 @@ class VisualTokenizer:
     @property
     def precision(self) -> EncoderPrecision:
         """Precision of the encoder in use."""
-        names: dict[torch.dtype, EncoderPrecision] = {
-            torch.float32: "fp32",
-            torch.bfloat16: "bf16",
-            torch.float16: "fp16",
-        }
-        return names[self._dtype]
+        names: dict[torch.dtype, EncoderPrecision] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+        return names.get(self._dtype, "fp16")
 
     @property
     def fingerprint(self) -> str:
@@ -272,10 +268,8 @@ class VisualTokenizer:
 
         N = grid^2, row by row. Images of another size or type are an InputError: nothing is resized here.
         """
-        images = channels_first(pixels, self.image_size)
-        if self.batch_size is None:
-            return self._forward(images)
-        return torch.cat([self._padded(block, self.batch_size) for block in images.split(self.batch_size)])
+        blocks = self._features(channels_first(pixels, self.image_size))
+        return torch.cat([self._model.quantize(features).codes for features in blocks])
 
     @torch.no_grad()
     def code_gaps(self, pixels: Tensor, codes: Tensor) -> Tensor:
@@ -283,25 +277,20 @@ class VisualTokenizer:
 
         `pixels` are as for `encode`. Cosine similarities in float32, so a gap is at most 2.
         """
-        images = channels_first(pixels, self.image_size)
-        size = self.batch_size or len(images)
+        features = torch.cat(list(self._features(channels_first(pixels, self.image_size))))
         gaps: list[Tensor] = []
-        for block, given in zip(images.split(size), codes.to(self.device).split(size), strict=True):
-            filled = torch.cat([block, block.new_zeros(size - len(block), *block.shape[1:])])
-            with autocast(self.device, self._dtype):
-                features = self._model.encode_features(normalize_pixels(filled.to(self.device)))
-            with exact_float32(self.device):
-                for feature, code in zip(l2_normalize(features[: len(block)]), given, strict=True):
-                    similarity = feature @ self._model.quantize.codebook.t()
-                    gaps.append(similarity.amax(dim=1) - similarity.gather(1, code[:, None])[:, 0])
+        with exact_float32(self.device):
+            for feature, given in zip(l2_normalize(features), codes.to(self.device), strict=True):
+                similarity = feature @ self._model.quantize.codebook.t()
+                gaps.append(similarity.amax(dim=1) - similarity.gather(1, given[:, None])[:, 0])
         return torch.stack(gaps)
 
-    def _padded(self, images: Tensor, size: int) -> Tensor:
-        missing = size - images.shape[0]
-        if missing == 0:
-            return self._forward(images)
-        return self._forward(torch.cat([images, images.new_zeros(missing, *images.shape[1:])]))[:-missing]
-
-    def _forward(self, images: Tensor) -> Tensor:
-        with autocast(self.device, self._dtype):
-            return self._model.encode(normalize_pixels(images.to(self.device, non_blocking=True)))
+    def _features(self, images: Tensor) -> Iterator[Tensor]:
+        """Encoder features [b, N, D] float32, block by block; each pass has the fixed shape, if any."""
+        size = self.batch_size or len(images)
+        for block in images.split(size):
+            padded = torch.cat([block, block.new_zeros(size - len(block), *block.shape[1:])])
+            with autocast(self.device, self._dtype):
+                pixels = normalize_pixels(padded.to(self.device, non_blocking=True))
+                features = self._model.encode_features(pixels)
+            yield features[: len(block)]

@@ -136,8 +136,8 @@ def test_codes_depend_on_the_image_alone(url: str):
 def test_a_fixed_batch_size_is_the_only_shape_that_runs(url: str, monkeypatch: pytest.MonkeyPatch):
     publish(url, trained())
     tokenizer, seen = VisualTokenizer.load(url, batch_size=4), []
-    encode = VQKD.encode
-    monkeypatch.setattr(VQKD, "encode", lambda self, x: (seen.append(x.shape[0]), encode(self, x))[1])
+    encode = VQKD.encode_features
+    monkeypatch.setattr(VQKD, "encode_features", lambda self, x: (seen.append(len(x)), encode(self, x))[1])
     for count in (1, 4, 7, 8):
         assert tokenizer.encode(pictures(count)).shape == (count, 16)
     assert seen == [4] * 6
