@@ -95,14 +95,24 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str) -> str:
     if not everything:
         return ""
     xs, ys = zip(*everything, strict=True)
-    x_axis = _Axis(min(xs), max(xs), _LEFT, _WIDTH - _RIGHT)
-    y_axis = _Axis(*_padded(min(ys), max(ys)), _HEIGHT - _BOTTOM, _TOP)
-    parts, legend = _frame(x_axis, y_axis, x_label), []
+    left, right, (low, high) = min(xs), max(xs), _padded(min(ys), max(ys))
+
+    def across(x: float) -> float:
+        return _LEFT + (x - left) / (right - left or 1.0) * (_WIDTH - _LEFT - _RIGHT)
+
+    def down(y: float) -> float:
+        return _HEIGHT - _BOTTOM - (y - low) / (high - low) * (_HEIGHT - _BOTTOM - _TOP)
+
+    parts, legend = [_text(_WIDTH - _RIGHT, _HEIGHT - 2, x_label, "end")], []
+    parts += [_text(across(x), _HEIGHT - 16, _figure(x), "middle") for x in _ticks(left, right, 5)]
+    for y in _ticks(low, high, 5):
+        parts.append(f'<path d="M{_LEFT} {down(y):.1f}H{_WIDTH - _RIGHT}"/>')
+        parts.append(_text(_LEFT - 6, down(y) + 4, _figure(y), "end"))
     for number, (line, points) in enumerate(finite):
         if points:
             color, dash = f"var(--series-{number % 2})", ' stroke-dasharray="4 4"' if line.dashed else ""
             # The last point once more: a line of one point is a dot.
-            path = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in [*_binned(points), points[-1]])
+            path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in [*_binned(points), points[-1]])
             parts.append(f'<polyline points="{path}" stroke="{color}"{dash}/>')
             key = f'<i style="--c:{color}"></i>{escape(line.label)}'
             legend.append(f"<span>{key} <b>{_figure(points[-1][1])}</b></span>")
@@ -110,31 +120,6 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str) -> str:
         f'<figure class="chart"><h3>{escape(title)}</h3><div class="legend">{"".join(legend)}</div>'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}">{"".join(parts)}</svg></figure>'
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Axis:
-    """Linear map from [low, high] to pixels [start, end]."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        span = self.high - self.low or 1.0
-        return self.start + (value - self.low) / span * (self.end - self.start)
-
-
-def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str) -> list[str]:
-    """Grid lines, the values at both axes, and the name of the horizontal one."""
-    parts = [_text(_WIDTH - _RIGHT, _HEIGHT - 2, x_label, "end")]
-    for tick in _ticks(y_axis.low, y_axis.high, 5):
-        y = y_axis(tick)
-        parts.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT}" y2="{y:.1f}"/>')
-        parts.append(_text(_LEFT - 6, y + 4, _figure(tick), "end"))
-    ticks = _ticks(x_axis.low, x_axis.high, 5)
-    return parts + [_text(x_axis(tick), _HEIGHT - 16, _figure(tick), "middle") for tick in ticks]
 
 
 def _text(x: float, y: float, content: str, anchor: str) -> str:
@@ -200,7 +185,7 @@ figure{margin:0}
 i{display:inline-block;width:12px;height:12px;margin:0 5px 0 0;vertical-align:-1px;background:var(--c)}
 svg{display:block;width:100%;height:auto}
 svg text{font-size:11px;fill:var(--muted)}
-line{stroke:var(--rule)}
+path{stroke:var(--rule)}
 polyline{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
 img{display:block;max-width:100%;height:auto;border-radius:3px}
 .hard{image-rendering:pixelated}
