@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import timm.data
@@ -31,33 +31,21 @@ from shards.sources.tars import IMAGE_EXTENSIONS
 from shards.writer.commit import PLAN
 from shards.writer.prepare import PARTS, PrepareConfig, prepare_images
 
-Benchmark = Literal["imagenet_a", "imagenet_r", "imagenet_sketch"]
-BENCHMARKS: dict[Benchmark, str] = {
-    "imagenet_a": "ImageNet-A",
-    "imagenet_r": "ImageNet-R",
-    "imagenet_sketch": "ImageNet-Sketch",
-}
-
+BENCHMARKS = {"imagenet_a": "ImageNet-A", "imagenet_r": "ImageNet-R", "imagenet_sketch": "ImageNet-Sketch"}
+"""Titles of the published sets, by name."""
 CLEAN = "clean"
 """Name of the set without a shift."""
 
 Answers = tuple[int, ...] | None
 """Outputs whose logits compete, ascending; None: all."""
 
-_SHOWN = 5  # names in an error message
 
-
-def wnids(benchmark: Benchmark) -> tuple[str, ...]:
-    """The classes of a published set, sorted: 200 for ImageNet-A and -R (86 in common), 1000 for -Sketch.
-
-    The lists are those that timm ships.
-    """
-    match benchmark:
-        case "imagenet_a" | "imagenet_r":
-            file = resources.files(timm.data) / "_info" / f"{benchmark}_synsets.txt"
-            return tuple(sorted(file.read_text(encoding="utf-8").split()))
-        case "imagenet_sketch":
-            return tuple(sorted(ImageNetInfo("imagenet-1k").label_names()))
+def wnids(benchmark: str) -> tuple[str, ...]:
+    """The classes of a published set, sorted: 200 for ImageNet-A and -R (86 in common), 1000 for -Sketch."""
+    if benchmark == "imagenet_sketch":
+        return tuple(sorted(ImageNetInfo("imagenet-1k").label_names()))
+    file = resources.files(timm.data) / "_info" / f"{benchmark}_synsets.txt"
+    return tuple(sorted(file.read_text(encoding="utf-8").split()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,22 +68,18 @@ def outputs_of(url: str, header: Mapping[str, Any]) -> Outputs:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageSet:
-    """Labelled images at a URL, after a look at their labels.
-
-    Of image shards that look is exact. Of a folder not yet prepared it is a guess by file names, because
-    nothing was read: `labels` then has what looks like an image.
-    """
+    """Labelled images at a URL; in a folder not yet prepared, the files that are named like images."""
 
     name: str
     url: str
     is_shards: bool
     fingerprint: str
-    """Of the dataset, or of the listing with sizes and versions."""
+    """Fingerprint of the dataset, or of the listing with sizes and versions."""
     class_names: tuple[str, ...] | None
     labels: np.ndarray
     """int64 [N], -1 where there is none."""
     rejected: dict[str, int]
-    """Files that could not be read, by reason; nothing is known of them before they are prepared."""
+    """Files that could not be read, by reason; unknown, and so empty, of a folder not yet prepared."""
 
 
 def parse_sets(text: str | None) -> dict[str, str]:
@@ -241,9 +225,9 @@ def _seen(images: ImageSet) -> set[str]:
     return {names[int(label)] for label in np.unique(images.labels)}
 
 
-def _listed(names: Collection[str]) -> str:
-    shown = ", ".join(sorted(names)[:_SHOWN])
-    return f"{shown} and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else shown
+def _listed(names: Collection[str], num: int = 5) -> str:
+    shown = ", ".join(sorted(names)[:num])
+    return f"{shown} and {len(names) - num:,} more" if len(names) > num else shown
 
 
 def _is_named_like_an_image(source: Source) -> bool:

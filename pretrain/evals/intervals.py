@@ -58,23 +58,6 @@ def compare(ours: Tensor, theirs: Tensor, *, of: str, over: str) -> Comparison:
     )
 
 
-def difference_interval(
-    successes: int, trials: int, other_successes: int, other_trials: int
-) -> tuple[float, float]:
-    """95 % confidence interval of the first share minus the other, of independent images.
-
-    Newcombe 1998, method 10: the two Wilson intervals, combined.
-    """
-    share, other = successes / trials, other_successes / other_trials
-    low, high = wilson_interval(successes, trials)
-    other_low, other_high = wilson_interval(other_successes, other_trials)
-    difference = share - other
-    return (
-        difference - math.hypot(share - low, other_high - other),
-        difference + math.hypot(high - share, other - other_low),
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Difference:
     """Accuracy minus that on clean images, with its 95 % interval; shares."""
@@ -97,23 +80,25 @@ class Difference:
 
 
 def difference_to_clean(right: Tensor, clean_right: Tensor, *, paired: bool) -> Difference | None:
-    """Difference from per-image correctness, bool [n] and bool [m]; None where there are no clean images."""
-    num, num_clean = len(right), len(clean_right)
-    if not num_clean:
+    """Difference from per-image correctness, bool [n] and bool [m]; None where there are no clean images.
+
+    Interval of pairs as in `compare`; of independent images by Newcombe 1998, method 10, which combines the
+    two Wilson intervals.
+    """
+    if not len(clean_right):
         return None
-    difference = share_of(right) - share_of(clean_right)
+    share, clean = share_of(right), share_of(clean_right)
     if paired:
         pairs = compare(right, clean_right, of="shifted", over="clean")
         difference, low, high = pairs.difference, pairs.low, pairs.high
     else:
-        low, high = difference_interval(int(right.sum()), num, int(clean_right.sum()), num_clean)
+        difference = share - clean
+        low, high = wilson_interval(int(right.sum()), len(right))
+        clean_low, clean_high = wilson_interval(int(clean_right.sum()), len(clean_right))
+        low = difference - math.hypot(share - low, clean_high - clean)
+        high = difference + math.hypot(high - share, clean - clean_low)
     return Difference(
-        clean_top1=share_of(clean_right),
-        num_clean=num_clean,
-        difference=difference,
-        low=low,
-        high=high,
-        paired=paired,
+        clean_top1=clean, num_clean=len(clean_right), difference=difference, low=low, high=high, paired=paired
     )
 
 

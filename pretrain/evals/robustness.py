@@ -27,12 +27,7 @@ from pipeline.errors import InputError
 from pipeline.training.metrics import Progress
 from pipeline.training.optim import Precision, autocast, resolve_precision
 from pipeline.training.step import to_device
-from pretrain.evals.corruptions import (
-    Corruption,
-    StrengthTable,
-    default_table,
-    parse_corruptions,
-)
+from pretrain.evals.corruptions import Corruption, StrengthTable, default_table, parse_corruptions
 from pretrain.evals.image_sets import (
     BENCHMARKS,
     CLEAN,

@@ -154,9 +154,10 @@ def erase_each(pixels: Tensor, sample_ids: np.ndarray, epoch: int, *, prob: floa
     if prob == 0.0:
         return
     for image, sample_id in zip(pixels, sample_ids.tolist(), strict=True):
-        draws, noise_seed = _erasing(seed, sample_id, epoch)
+        first, second = _words(seed, sample_id, epoch, _ERASE_STREAM)
+        draws = random.Random(first)
         if draws.random() <= prob:
-            erase(image, draws, torch.Generator(image.device).manual_seed(noise_seed))
+            erase(image, draws, torch.Generator(image.device).manual_seed(second >> 1))
 
 
 def erase(image: Tensor, draws: random.Random, noise: torch.Generator) -> None:
@@ -265,9 +266,3 @@ def _generators(
     first, second = _words(seed, number, epoch, stream, place)
     state = np.array([second & 0xFFFFFFFF, second >> 32], dtype=np.uint32)
     return random.Random(first), np.random.RandomState(state)
-
-
-def _erasing(seed: int, sample_id: int, epoch: int) -> tuple[random.Random, int]:
-    """Generator of the rectangle, and seed of the noise in it."""
-    first, second = _words(seed, sample_id, epoch, _ERASE_STREAM)
-    return random.Random(first), second >> 1

@@ -31,7 +31,6 @@ from tokenizer.model.teacher import ClipTokens, TeacherConfig, build_teacher
 
 TEACHER_KIND = "teacher_classifier"
 
-_ENCODER = "encoder."
 _RANGE = (0.5, 0.5, 0.5)  # mean and std that map [0, 1] to the tokenizer's [-1, 1]
 
 
@@ -101,11 +100,9 @@ class TeacherClassifier(nn.Module):
             self.body.visual.register_parameter("proj", None)
         with torch.no_grad():
             width = self.body(torch.zeros(1, 3, image_size, image_size)).shape[2]
-        self.head = nn.Linear(width, goal.num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
-        with torch.no_grad():
-            self.head.weight.mul_(goal.head_init_scale)
+            self.head = nn.Linear(width, goal.num_classes)
+            nn.init.trunc_normal_(self.head.weight, std=0.02).mul_(goal.head_init_scale)
+            nn.init.zeros_(self.head.bias)
         self.register_buffer("pixel_mean", teacher.mean, persistent=False)
         self.register_buffer("pixel_std", teacher.std, persistent=False)
 
@@ -156,13 +153,11 @@ def from_scratch(size: BackboneSize, goal: Goal, *, patch_size: int) -> Start:
 def from_tokenizer(url: str, goal: Goal) -> Start:
     """The encoder of a visual tokenizer: absolute positions, no layer scale, pixels in [-1, 1]."""
     artifact = read_tokenizer(url)
-    size = artifact.config.encoder_size
+    tokenizer = artifact.config
     shape = BackboneConfig(
-        image_size=artifact.config.image_size,
-        patch_size=artifact.config.patch_size,
-        width=size.width,
-        depth=size.depth,
-        heads=size.heads,
+        image_size=tokenizer.image_size,
+        patch_size=tokenizer.patch_size,
+        **dataclasses.asdict(tokenizer.encoder_size),
         layer_scale_init=0.0,
         mean=_RANGE,
         std=_RANGE,
@@ -170,9 +165,7 @@ def from_tokenizer(url: str, goal: Goal) -> Start:
     config = ClassifierConfig(
         backbone=shape, num_classes=0, absolute_positions=True, relative_positions="none"
     )
-    state = load_vqkd(artifact).state_dict()
-    tensors = {key.removeprefix(_ENCODER): value for key, value in state.items() if key.startswith(_ENCODER)}
-    model = _classifier(tensors, config, goal)
+    model = _classifier(load_vqkd(artifact).encoder.state_dict(), config, goal)
     return Start(model=model, origin={"kind": "tokenizer", "fingerprint": artifact.fingerprint})
 
 
@@ -244,10 +237,9 @@ def _check_classes(url: str, names: list[str] | None, goal: Goal) -> None:
     ours = goal.class_names
     if goal.new_head or names is None or ours is None or len(names) != len(ours):
         return
-    differing = [pair for pair in zip(names, ours, strict=True) if pair[0] != pair[1]]
-    if differing:
-        theirs, needed = differing[0]
-        raise InputError(
-            f"the head of {url} knows class {theirs!r} where the training images have {needed!r}; train on "
-            "images of the same class folders, or start with a fresh head: --new_head true"
-        )
+    for theirs, needed in zip(names, ours, strict=True):
+        if theirs != needed:
+            raise InputError(
+                f"the head of {url} knows class {theirs!r} where the training images have {needed!r}; train "
+                "on images of the same class folders, or start with a fresh head: --new_head true"
+            )

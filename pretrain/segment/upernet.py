@@ -6,6 +6,7 @@ levels; a second, small head helps training. Names inside the heads are those of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -195,7 +196,7 @@ class Segmenter(nn.Module):
 
 @dataclass(frozen=True)
 class SegmentationLoss:
-    """Scalars over all labelled pixels: summed cross-entropies of both heads, how many the decode head told
+    """Scalars over all labelled pixels: summed cross-entropies of both heads, how many the decode head has
     right, and how many there are."""
 
     decode: Tensor
@@ -205,19 +206,21 @@ class SegmentationLoss:
 
     def sums(self) -> Tensor:
         """The four as float64 [4], to be added up."""
-        return torch.stack(
-            [x.detach().double() for x in (self.decode, self.auxiliary, self.correct, self.labelled)]
-        )
+        scalars = (self.decode, self.auxiliary, self.correct, self.labelled)
+        return torch.stack([scalar.detach().double() for scalar in scalars])
 
 
 def segmentation_loss(output: SegmenterOutput, classes: Tensor, *, ignored: int) -> SegmentationLoss:
     """Cross-entropy of logits, enlarged to the labels int64 [B, S, S], where these are not `ignored`."""
-    decode = _resize(output.decode.float(), classes.shape[-2:])
-    loss = F.cross_entropy(decode, classes, ignore_index=ignored, reduction="sum")
-    auxiliary = torch.zeros_like(loss)
+
+    def loss_of(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, classes, ignore_index=ignored, reduction="sum")
+
+    size = classes.shape[-2:]
+    decode = _resize(output.decode.float(), size)
+    loss, auxiliary = loss_of(decode), decode.new_zeros(())
     if output.auxiliary is not None:
-        enlarged = _resize(output.auxiliary.float(), classes.shape[-2:])
-        auxiliary = F.cross_entropy(enlarged, classes, ignore_index=ignored, reduction="sum")
+        auxiliary = loss_of(_resize(output.auxiliary.float(), size))
     return SegmentationLoss(
         decode=loss,
         auxiliary=auxiliary,
@@ -239,24 +242,19 @@ def slide_logits(
     """
     height, width = pixels.shape[-2:]
     padded = F.pad(pixels, (0, max(window - width, 0), 0, max(window - height, 0)))
-    places = [
-        (top, left)
-        for top in window_starts(padded.shape[-2], window, stride)
-        for left in window_starts(padded.shape[-1], window, stride)
-    ]
-    total: Tensor | None = None
+    tops, lefts = (window_starts(side, window, stride) for side in padded.shape[-2:])
+    places = list(itertools.product(tops, lefts))
+    total = torch.empty(0)
     counts = padded.new_zeros(padded.shape[-2:])
     for first in range(0, len(places), batch):
         some = places[first : first + batch]
-        logits = segment(
-            torch.stack([padded[:, top : top + window, left : left + window] for top, left in some])
-        )
-        if total is None:
+        windows = [padded[:, top : top + window, left : left + window] for top, left in some]
+        logits = segment(torch.stack(windows))
+        if first == 0:
             total = logits.new_zeros((logits.shape[1], *padded.shape[-2:]))
         for (top, left), window_logits in zip(some, logits, strict=True):
             total[:, top : top + window, left : left + window] += window_logits
             counts[top : top + window, left : left + window] += 1
-    assert total is not None
     return total.div_(counts)[:, :height, :width]
 
 

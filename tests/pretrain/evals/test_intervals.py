@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.evals.intervals import compare, difference_interval, difference_to_clean, wilson_interval
+from pretrain.evals.intervals import Difference, compare, difference_to_clean, wilson_interval
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (1, 10), (5, 10), (37, 400), (400, 400), (1, 1)])
@@ -47,25 +47,28 @@ def test_verdict_needs_an_interval_without_zero(only_ours, only_theirs, verdict)
     assert found.low <= found.difference <= found.high
 
 
+def difference(right: int, num: int, clean_right: int, num_clean: int, *, paired: bool = False) -> Difference:
+    hits = (torch.arange(total) < some for some, total in ((right, num), (clean_right, num_clean)))
+    found = difference_to_clean(*hits, paired=paired)
+    assert found is not None
+    return found
+
+
 def test_a_difference_of_independent_shares():
     """Newcombe 1998, table II, method 10, his examples (a) and (h)."""
-    low, high = difference_interval(56, 70, 48, 80)
-    assert (low, high) == (pytest.approx(0.0524, abs=1e-4), pytest.approx(0.3339, abs=1e-4))
-    low, high = difference_interval(10, 10, 0, 10)
-    assert (low, high) == (pytest.approx(0.6075, abs=1e-4), pytest.approx(1.0, abs=1e-4))
+    for counts, low, high in (((56, 70, 48, 80), 0.0524, 0.3339), ((10, 10, 0, 10), 0.6075, 1.0)):
+        found = difference(*counts)
+        assert (found.low, found.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
     # It covers: of many draws of equal shares about 95 % hold zero.
-    rng = np.random.default_rng(0)
-    draws = rng.binomial(200, 0.3, (2000, 2)).tolist()
-    inside = sum(low <= 0 <= high for low, high in (difference_interval(a, 200, b, 200) for a, b in draws))
+    draws = np.random.default_rng(0).binomial(200, 0.3, (2000, 2)).tolist()
+    inside = sum(x.low <= 0 <= x.high for x in (difference(a, 200, b, 200) for a, b in draws))
     assert 0.935 < inside / 2000 < 0.965
 
 
-def test_a_difference_to_clean_images_has_the_interval_of_its_kind():
-    right, clean = torch.arange(50) < 30, torch.arange(50) < 40
-    pairs, apart = (difference_to_clean(right, clean, paired=paired) for paired in (True, False))
-    paired = compare(right, clean, of="a", over="b")
-    assert pairs is not None and (pairs.low, pairs.high) == (paired.low, paired.high)
-    assert apart is not None and (apart.low, apart.high) == difference_interval(30, 50, 40, 50)
-    assert pairs.difference == pytest.approx(-0.2) == apart.difference
-    assert pairs.in_words().endswith("from 80.0 %, in pairs") and "50 clean images" in apart.in_words()
-    assert difference_to_clean(right, clean[:0], paired=False) is None
+def test_a_difference_of_pairs():
+    found, apart = (difference(30, 50, 40, 50, paired=paired) for paired in (True, False))
+    pairs = compare(torch.arange(50) < 30, torch.arange(50) < 40, of="a", over="b")
+    assert (found.low, found.high) == (pairs.low, pairs.high)
+    assert found.difference == pytest.approx(-0.2) == apart.difference
+    assert found.in_words().endswith("from 80.0 %, in pairs") and "50 clean images" in apart.in_words()
+    assert difference_to_clean(torch.ones(3).bool(), torch.ones(0).bool(), paired=False) is None
