@@ -26,6 +26,7 @@ from shards.dataset.dataset import open_dataset
 from shards.pixels.crops import StoredCrops
 from shards.reader.reader import Batches, SampleBatch, ShardReader
 from tests.pipeline.gloo_group import GlooGroups, GroupKilledError, check_nothing_lost_nothing_twice
+from tests.pipeline.training.kills import Killed, killed_at_save, waiting_for_checkpoints
 
 if TYPE_CHECKING:
     from tests.conftest import RayHead
@@ -119,27 +120,12 @@ def test_micro_batches_keep_the_objective(backbone_url: str, make_config: Make, 
     assert float(micro["loss"]) == pytest.approx(float(whole["loss"]), rel=0.02)
 
 
-class _Killed(BaseException):
-    """Ends a run like a kill: nothing after it is executed."""
-
-
 def test_killed_run_resumes_to_the_same_weights_and_curve(
-    backbone_url: str, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone_url: str, make_config: Make, tmp_path: Path
 ) -> None:
     config = make_config(tmp_path / "out", checkpoint_every_s=0.0)
-    save, saves = CheckpointStore.save, []
-
-    def save_and_die(self: CheckpointStore, state: object, tensors: dict[str, object], **how: object) -> None:
-        save(self, state, tensors, **how)  # type: ignore[arg-type]
-        self.wait()
-        saves.append(state)
-        if len(saves) == 7:
-            raise _Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointStore, "save", save_and_die)
-        with pytest.raises(_Killed):
-            pretrain_mim(config)
+    with killed_at_save(7):
+        pretrain_mim(config)
     pretrain_mim(config)
     straight, resumed = _weights(backbone_url), _weights(tmp_path / "out")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
@@ -206,12 +192,10 @@ def test_another_batch_size_goes_on_at_the_next_unseen_sample(
             batches.append(batch)
             yield batch
             if len(batches) == 2:
-                raise _Killed
+                raise Killed
 
     monkeypatch.setattr(ShardReader, "batches", watched)
-    save = CheckpointStore.save
-    with monkeypatch.context() as patch, pytest.raises(_Killed):
-        patch.setattr(CheckpointStore, "save", lambda *args, **how: save(*args, **{**how, "wait": True}))
+    with waiting_for_checkpoints(), pytest.raises(Killed):
         pretrain_mim(make_config(tmp_path / "out", checkpoint_every_s=0.0, epochs=1))
     pretrain_mim(make_config(tmp_path / "out", batch_size=4, epochs=1))
     assert [batch.position for batch in batches] == [0, 8, 16, 20, 24, 28, 32, 36]
@@ -225,17 +209,6 @@ def test_another_batch_size_goes_on_at_the_next_unseen_sample(
     assert rates[3] == pytest.approx(straight[3]) and rates[3] > rates[5] > rates[8]
     with pytest.raises(InputError, match="there 8, asked 4"):
         pretrain_mim(make_config(tmp_path / "out", batch_size=4, epochs=1))
-
-
-def test_finished_run_is_left_alone_and_another_is_refused(
-    backbone_url: str, make_config: Make, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = (Path(backbone_url) / "backbone.json").read_bytes()
-    pretrain_mim(make_config(backbone_url))
-    assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"mim\.patch_aggregation\.layer: there 2, asked 1"):
-        pretrain_mim(make_config(backbone_url, layer=1))
-    assert (Path(backbone_url) / "backbone.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +14,13 @@ from pipeline.artifacts import read_header
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from pipeline.training.checkpoints import CheckpointStore
-from pipeline.training.interruption import InterruptedRunError
 from pipeline.training.metrics import read_metrics
 from pipeline.training.worker import Worker
 from shards.dataset.dataset import open_dataset
 from shards.pixels.crops import FreshCrops
 from shards.reader.reader import Batches, ShardReader
 from tests.pipeline.gloo_group import GlooGroups, GroupKilledError, check_nothing_lost_nothing_twice
+from tests.pipeline.training.kills import asked_to_end, killed_at_save
 from tokenizer.model.teacher import TeacherConfig, build_teacher
 from tokenizer.model.vqkd import VQKD
 from tokenizer.train import TokenizerTrainConfig, train_tokenizer, validate
@@ -55,20 +53,6 @@ def test_training_lowers_the_loss(tokenizer_config: Make, tmp_path: Path) -> Non
     assert sum(losses[-4:]) / 4 < 0.9 * sum(losses[:4]) / 4
 
 
-def test_finished_run_is_left_alone(
-    tokenizer_url: str, tokenizer_config: Make, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = (Path(tokenizer_url) / "tokenizer.json").read_bytes()
-    train_tokenizer(tokenizer_config(tokenizer_url))
-    assert "nothing to do" in capsys.readouterr().out
-    assert (Path(tokenizer_url) / "tokenizer.json").read_bytes() == before
-
-
-def test_other_settings_at_the_same_output_are_refused(tokenizer_url: str, tokenizer_config: Make) -> None:
-    with pytest.raises(InputError, match=r"config\.epochs: there 2, asked 3"):
-        train_tokenizer(tokenizer_config(tokenizer_url, epochs=3))
-
-
 def test_micro_batches_keep_the_objective(tokenizer_url: str, tokenizer_config: Make, tmp_path: Path) -> None:
     train_tokenizer(tokenizer_config(tmp_path / "micro", micro_batch_size=3))
     whole, micro = _weights(tokenizer_url), _weights(tmp_path / "micro")
@@ -76,27 +60,12 @@ def test_micro_batches_keep_the_objective(tokenizer_url: str, tokenizer_config: 
         torch.testing.assert_close(micro[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
-class _Killed(BaseException):
-    """Ends a run like a kill: nothing after it is executed."""
-
-
 def test_killed_run_resumes_from_its_checkpoint_to_the_same_weights(
-    tokenizer_url: str, tokenizer_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer_url: str, tokenizer_config: Make, tmp_path: Path
 ) -> None:
     config = tokenizer_config(tmp_path / "out", checkpoint_every_s=0.0)
-    save, saves = CheckpointStore.save, []
-
-    def save_and_die(self: CheckpointStore, state: object, tensors: dict[str, object], **how: object) -> None:
-        save(self, state, tensors, **how)  # type: ignore[arg-type]
-        self.wait()
-        saves.append(state)
-        if len(saves) == 3:
-            raise _Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointStore, "save", save_and_die)
-        with pytest.raises(_Killed):
-            train_tokenizer(config)
+    with killed_at_save(3):
+        train_tokenizer(config)
     train_tokenizer(config)
     straight, resumed = _weights(tokenizer_url), _weights(tmp_path / "out")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
@@ -104,21 +73,12 @@ def test_killed_run_resumes_from_its_checkpoint_to_the_same_weights(
     assert steps == list(range(1, 9))
 
 
-def test_sigterm_during_validation_saves_and_goes_on_bit_for_bit(
-    tokenizer_url: str, tokenizer_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_asked_during_validation_it_saves_and_goes_on_bit_for_bit(
+    tokenizer_url: str, tokenizer_config: Make, tmp_path: Path
 ) -> None:
-    from tokenizer import train
-
-    def asked_within(*args: object) -> dict[str, float]:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return validate(*args)  # type: ignore[arg-type]
-
-    validate = train.validate
     config = tokenizer_config(tmp_path / "out")
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "validate", asked_within)
-        with pytest.raises(InterruptedRunError):
-            train_tokenizer(config)
+    with asked_to_end(5):  # after each of 4 steps, then within validation
+        train_tokenizer(config)
     found = CheckpointStore(str(tmp_path / "out")).latest()
     assert found is not None and found[0].epoch == 0 and found[0].step == 4
     train_tokenizer(config)

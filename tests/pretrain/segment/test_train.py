@@ -17,8 +17,7 @@ from pipeline import storage
 from pipeline.cluster.config import ClusterConfig
 from pipeline.config import parse
 from pipeline.errors import InputError
-from pipeline.training.checkpoints import CheckpointStore, TrainState
-from pipeline.training.interruption import InterruptedRunError, Interruption
+from pipeline.training.checkpoints import CheckpointStore
 from pipeline.training.metrics import read_metrics
 from pipeline.training.step import NonFiniteLossError
 from pipeline.training.worker import Worker
@@ -32,6 +31,7 @@ from pretrain.segment.label_maps import CropPolicy, CropReader, list_pairs
 from pretrain.segment.score import Score, confusion_matrix
 from pretrain.segment.train import finetune_segmentation, predict
 from pretrain.segment.upernet import SegmentationLoss, SegmenterOutput, UperNetConfig
+from tests.pipeline.training.kills import asked_to_end, killed_at_save
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -163,28 +163,13 @@ def test_two_colours_are_learned(
     assert Score.of(confusion.numpy(), 4) == score
 
 
-class _Killed(BaseException):
-    """Ends a run like a kill: nothing after it is executed."""
-
-
 @pytest.mark.parametrize("killed_at", [3, 8])
 def test_killed_run_resumes_to_the_same_weights_and_curve(
-    run_url: str, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+    run_url: str, make_config: Make, tmp_path: Path, killed_at: int
 ) -> None:
     config = make_config(tmp_path / "out", checkpoint_every_s=0.0)
-    save = CheckpointStore.save
-
-    def save_and_die(
-        self: CheckpointStore, state: TrainState, tensors: dict[str, object], **how: object
-    ) -> None:
-        save(self, state, tensors, wait=True)
-        if state.step == killed_at:
-            raise _Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointStore, "save", save_and_die)
-        with pytest.raises(_Killed):
-            finetune_segmentation(config)
+    with killed_at_save(killed_at):
+        finetune_segmentation(config)
     finetune_segmentation(config)
     straight, resumed = _weights(run_url), _weights(tmp_path / "out")
     assert straight.keys() == resumed.keys()
@@ -192,32 +177,24 @@ def test_killed_run_resumes_to_the_same_weights_and_curve(
     assert read_metrics(run_url) == read_metrics(config.output)
 
 
-def test_interrupted_between_records_the_curve_is_the_same(
-    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_between_records_the_curve_is_the_same(make_config: Make, tmp_path: Path) -> None:
     straight = make_config(tmp_path / "straight", log_every_steps=4)
     finetune_segmentation(straight)
     config = make_config(tmp_path / "out", log_every_steps=4)
-    asked = iter([False] * 5 + [True] + [False] * 20)
-    with monkeypatch.context() as patch:
-        patch.setattr(Interruption, "asked", property(lambda self: next(asked)))
-        with pytest.raises(InterruptedRunError):
-            finetune_segmentation(config)
+    with asked_to_end(6):
+        finetune_segmentation(config)
     finetune_segmentation(config)
     assert read_metrics(straight.output) == read_metrics(config.output)
     assert [r["step"] for r in read_metrics(config.output)] == [4, 8, 8]
 
 
 def test_evaluations_change_nothing_and_can_be_interrupted(
-    run_url: str, make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_url: str, make_config: Make, tmp_path: Path
 ) -> None:
     config = dataclasses.replace(make_config(tmp_path / "out"), evaluate_every_steps=4)
     # Asked after each of 8 steps and of 4 images at step 4; the 14th time is in the last evaluation.
-    asked = iter([False] * 13 + [True])
-    with monkeypatch.context() as patch:
-        patch.setattr(Interruption, "asked", property(lambda self: next(asked)))
-        with pytest.raises(InterruptedRunError):
-            finetune_segmentation(config)
+    with asked_to_end(14):
+        finetune_segmentation(config)
     assert not (tmp_path / "out" / "segmentation.json").exists()
     finetune_segmentation(config)
     straight, evaluated = _weights(run_url), _weights(config.output)
