@@ -6,7 +6,8 @@ python -m jobs.train_tokenizer --help
 from __future__ import annotations
 
 from pipeline.config import run_job
-from tokenizer.train import TokenizerTrainConfig, train_tokenizer
+from tokenizer.config import TokenizerTrainConfig
+from tokenizer.train import train_tokenizer
 
 if __name__ == "__main__":
     run_job(train_tokenizer, TokenizerTrainConfig)

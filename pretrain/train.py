@@ -7,22 +7,18 @@ Codes come with the crops from token shards, or are made on the way from image s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.artifacts import claimed_config
 from pipeline.cluster.training import run_training
-from pipeline.config import ASIDE, PLACE, PLACES, absolute_places
-from pipeline.errors import InputError
 from pipeline.training.checkpoints import TrainState
-from pipeline.training.config import TrainingConfig, claim_output
+from pipeline.training.config import claim_output, resolve
 from pipeline.training.journal import Journal
 from pipeline.training.metrics import Progress
 from pipeline.training.optim import (
-    OptimConfig,
     autocast,
     build_optimizer,
     cosine_schedule,
@@ -32,70 +28,17 @@ from pipeline.training.optim import (
 )
 from pipeline.training.step import RunningMeans, require_finite, synchronized, to_device
 from pipeline.training.worker import Worker
-from pretrain.masking import MaskConfig, block_masks
+from pretrain.config import PretrainConfig
+from pretrain.masking import block_masks
 from pretrain.model.artifacts import BACKBONE, read_backbone_header, save_backbone
-from pretrain.model.backbone import BackboneSize
-from pretrain.model.mim import LOSS_SUMS, MIM, MIMConfig, masked_patches, mim_figures, mim_loss
-from shards.dataset.corpus import SubsetConfig, open_corpus
+from pretrain.model.mim import LOSS_SUMS, MIM, masked_patches, mim_figures, mim_loss
+from shards.dataset.corpus import open_corpus
 from shards.dataset.dataset import Dataset
 from shards.format.manifest import TokenizerSpec
 from shards.pixels.crops import FreshCrops, StoredCrops
-from shards.pixels.views import ViewPolicy
-from shards.reader.disk_cache import CacheConfig
 from shards.reader.figures import ReaderReports
 from shards.reader.reader import Batches, SampleBatch, ShardReader
 from tokenizer.model.artifact import VisualTokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainingConfig):
-    """Pretrain a ViT by masked image modelling. Defaults are the paper's base model, 1600 epochs (Table 9).
-
-    Give `shards` (precomputed codes), or `images` and `tokenizer` (codes made online). Image size, patch
-    size, grid and codebook come from there and cannot disagree. A killed run started again with the same
-    settings goes on from its last checkpoint; a finished one is left alone.
-    """
-
-    shards: str | None = field(default=None, metadata=PLACES)
-    """Token shards, the output of precompute_shards; or several of one tokenizer, with commas between."""
-    codes: str | None = None
-    """A code layer of the token shards, named by the first 8 digits of its tokenizer; null is their own."""
-    stored_views: int | None = None
-    """Reads the first so many of the stored views; null takes those that are there when the run begins, and
-    keeps to them."""
-    images: str | None = field(default=None, metadata=PLACES)
-    """Online mode: image shards, the output of prepare_images; or several, with commas between."""
-    tokenizer: str | None = field(default=None, metadata=PLACE)
-    """Online mode: the tokenizer artifact."""
-    views: ViewPolicy = ViewPolicy(views_per_image=0)
-    """Online mode: crops; views_per_image 0 draws a new one of every image in every epoch."""
-    subset: SubsetConfig = field(default=SubsetConfig(), metadata=ASIDE)
-    """Part of the samples instead of all."""
-    backbone: BackboneSize = BackboneSize(drop_path=0.1)
-    """The model that is pretrained."""
-    mim: MIMConfig = MIMConfig()
-    """The heads that pretrain it."""
-    mask: MaskConfig = MaskConfig()
-    """Which patches are masked."""
-    optim: OptimConfig = OptimConfig()
-    """AdamW and its schedule."""
-    epochs: int = 1600
-    """Passes over the samples; each pass sees one view of every image."""
-    batch_size: int = 2048
-    cache: CacheConfig = field(default=CacheConfig(), metadata=ASIDE)
-    """Where shards of a remote store are kept while they are read."""
-    lanes: int | None = None
-    """Lanes of the order; null takes 64, or what the cache has room for as it begins, and keeps to it."""
-    window: int | None = None
-    """Shards per window of the order; null as with lanes."""
-
-    def __post_init__(self) -> None:
-        self.require_positive("epochs", "batch_size", "log_every_steps")
-        online = self.images is not None or self.tokenizer is not None
-        if (self.shards is None) != online or (online and None in (self.images, self.tokenizer)):
-            raise InputError("give either --shards (precomputed codes), or --images and --tokenizer (online)")
-        if online and (self.codes, self.stored_views) != (None, None):
-            raise InputError("--codes and --stored_views choose among stored codes and views; give --shards")
 
 
 @dataclass(frozen=True)
@@ -114,20 +57,14 @@ class Batch:
 
 def pretrain_mim(config: PretrainConfig) -> None:
     """Pretrain, or finish pretraining, the backbone at `config.output`."""
-    config = absolute_places(config)
+    config = resolve(config, "stored_views", "lanes", "window")
     output = config.output
-    begun = claimed_config(output)
+    source = open_source(config)
     if config.shards is not None:
         # Views that are added later are not for this run, also when it is resumed (FORMAT.md, Views).
-        source = open_source(replace(config, stored_views=config.stored_views or begun.get("stored_views")))
         config = replace(config, stored_views=source.dataset.num_views)
-    else:
-        source = open_source(config)
     # Built here once already: what does not fit is refused before anything is written.
     _model(config, source)
-    config = replace(
-        config, lanes=config.lanes or begun.get("lanes"), window=config.window or begun.get("window")
-    )
     with _reader(config, source, Worker()) as reader:
         # The order belongs to the run: with another cache it goes on at the next unseen sample too.
         config = replace(config, lanes=reader.lanes, window=reader.window)

@@ -18,11 +18,13 @@ from pipeline.cluster.config import ClusterConfig
 from pretrain.model.artifacts import load_backbone
 from pretrain.model.backbone import BackboneSize
 from pretrain.model.mim import MIMConfig, PatchAggregationConfig
-from pretrain.train import PretrainConfig, pretrain_mim
+from pretrain.config import PretrainConfig
+from pretrain.train import pretrain_mim
 from shards.writer.prepare import PrepareConfig, prepare_images
 from tokenizer.precompute.config import PrecomputeConfig
 from tokenizer.precompute.run import precompute_shards
-from tokenizer.train import TokenizerTrainConfig, train_tokenizer
+from tokenizer.config import TokenizerTrainConfig
+from tokenizer.train import train_tokenizer
 from tokenizer.model.vqkd import VQKDConfig
 
 source, root = sys.argv[1:]

@@ -10,21 +10,18 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.artifacts import claimed_config, read_header
+from pipeline.artifacts import read_header
 from pipeline.cluster.training import run_training
-from pipeline.config import ASIDE, PLACE, PLACES, absolute_places
 from pipeline.training.checkpoints import TrainState
-from pipeline.training.config import TrainingConfig, claim_output
+from pipeline.training.config import claim_output, resolve
 from pipeline.training.journal import Journal
 from pipeline.training.metrics import Progress
 from pipeline.training.optim import (
-    OptimConfig,
     autocast,
     build_optimizer,
     cosine_schedule,
@@ -34,64 +31,25 @@ from pipeline.training.optim import (
 )
 from pipeline.training.step import RunningMeans, require_finite, synchronized, to_device
 from pipeline.training.worker import Worker
-from shards.dataset.corpus import SubsetConfig, open_corpus
+from shards.dataset.corpus import open_corpus
 from shards.dataset.dataset import Dataset, open_dataset
 from shards.pixels.crops import FreshCrops
-from shards.pixels.views import CENTER_FRACTION, ViewPolicy
-from shards.reader.disk_cache import CacheConfig
+from shards.pixels.views import CENTER_FRACTION
 from shards.reader.figures import ReaderReports
 from shards.reader.reader import Batches, ShardReader
+from tokenizer.config import TokenizerTrainConfig
 from tokenizer.model.artifact import save_tokenizer
 from tokenizer.model.quantizer import CodeSums, CodeUsage
-from tokenizer.model.teacher import Teacher, TeacherConfig, build_teacher, with_absolute_weights
-from tokenizer.model.vqkd import VQKD, VQKDConfig, VQKDOutput, normalize_pixels
+from tokenizer.model.teacher import Teacher, build_teacher, with_absolute_weights
+from tokenizer.model.vqkd import VQKD, VQKDOutput, normalize_pixels
 
 FIGURES = ("loss", "rec_loss", "emb_loss")
 """Means over images, of `VQKDOutput`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizerTrainConfig(TrainingConfig):
-    """Train a visual tokenizer (VQ-KD) on image shards. Defaults are the paper's Table 8.
-
-    A killed run started again with the same settings goes on from its last checkpoint; a finished one is
-    left alone.
-    """
-
-    images: str = field(metadata=PLACES)
-    """Image shards to train on, the output of prepare_images; or several, with commas between."""
-    val_images: str | None = field(default=None, metadata=PLACE)
-    """Image shards for the loss, usage and perplexity after each epoch, on centre crops."""
-    model: VQKDConfig = VQKDConfig()
-    """The tokenizer."""
-    teacher: TeacherConfig = TeacherConfig()
-    """The frozen model whose patch features the codes must predict."""
-    views: ViewPolicy = ViewPolicy(scale=(0.08, 1.0), views_per_image=0)
-    """Crops to train on; a new one of every image in every epoch."""
-    subset: SubsetConfig = field(default=SubsetConfig(), metadata=ASIDE)
-    """Part of the images to train on instead of all."""
-    optim: OptimConfig = OptimConfig(
-        peak_lr=5e-5, lr_batch_size=128, betas=(0.9, 0.99), weight_decay=1e-4, clip_grad_norm=None
-    )
-    """AdamW and its schedule."""
-    epochs: int = 100
-    """Passes over the images."""
-    batch_size: int = 512
-    cache: CacheConfig = field(default=CacheConfig(), metadata=ASIDE)
-    """Where shards of a remote store are kept while they are read."""
-    lanes: int | None = None
-    """Lanes of the order; null takes 64, or what the cache has room for as it begins, and keeps to it."""
-    window: int | None = None
-    """Shards per window of the order; null as with lanes."""
-
-    def __post_init__(self) -> None:
-        self.require_positive("epochs", "batch_size", "log_every_steps")
-        self.views.resolve(self.model.image_size)
-
-
 def train_tokenizer(config: TokenizerTrainConfig) -> None:
     """Train, or finish training, the tokenizer at `config.output`."""
-    config = absolute_places(config)
+    config = resolve(config, "lanes", "window")
     config = dataclasses.replace(config, teacher=with_absolute_weights(config.teacher))
     output = config.output
     images = open_corpus(config.images, "images", subset=config.subset)
@@ -100,10 +58,6 @@ def train_tokenizer(config: TokenizerTrainConfig) -> None:
         inputs["val_images"] = open_dataset(config.val_images, "images").fingerprint
     # Built here once already: a teacher that does not load or fit is refused before anything is written.
     inputs["teacher"] = _teacher(config, torch.device("cpu")).fingerprint
-    begun = claimed_config(output)
-    config = dataclasses.replace(
-        config, lanes=config.lanes or begun.get("lanes"), window=config.window or begun.get("window")
-    )
     with _reader(config, images, Worker()) as reader:
         # The order belongs to the run: with another cache it goes on at the next unseen sample too.
         config = dataclasses.replace(config, lanes=reader.lanes, window=reader.window)

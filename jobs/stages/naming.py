@@ -18,14 +18,14 @@ from jobs.stages.stage import ClusterOverride, Stage, StageConfig, leaves
 from pipeline import artifacts, storage
 from pipeline.config import parse, to_dict
 from pipeline.errors import InputError
+from pretrain.config import PretrainConfig
 from pretrain.evals.probe import ProbeConfig
 from pretrain.evals.robustness import RobustnessConfig
 from pretrain.finetune.config import FinetuneConfig
 from pretrain.segment.config import SegmentationConfig
-from pretrain.train import PretrainConfig
 from shards.writer.prepare import PrepareConfig
+from tokenizer.config import TokenizerTrainConfig
 from tokenizer.precompute.config import PrecomputeConfig
-from tokenizer.train import TokenizerTrainConfig
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
-from pipeline.artifacts import claim, read_header
+from pipeline.artifacts import claim, claimed_config, read_header
 from pipeline.cluster.config import ClusterConfig
-from pipeline.config import ASIDE, PLACE, identity
+from pipeline.config import ASIDE, PLACE, absolute_places, identity
 from pipeline.errors import InputError
 from pipeline.training.optim import Precision
 
@@ -43,6 +44,17 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; give 1 or more")
+
+
+ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
+
+
+def resolve(config: ConfigT, *kept: str) -> ConfigT:
+    """The settings with absolute places; `kept` ones that are not given are those the run began with."""
+    config = absolute_places(config)
+    earlier = claimed_config(config.output)
+    settled: dict[str, Any] = {name: getattr(config, name) or earlier.get(name) for name in kept}
+    return replace(config, **settled)
 
 
 def claim_output(

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.artifacts import read_header
 from pipeline.cluster.training import run_training
-from pipeline.config import absolute_places
 from pipeline.training.checkpoints import TrainState
-from pipeline.training.config import claim_output
+from pipeline.training.config import claim_output, resolve
 from pipeline.training.journal import Journal
 from pipeline.training.metrics import Progress
 from pipeline.training.optim import autocast, cosine_schedule, grad_scaler, resolve_precision
@@ -65,7 +64,7 @@ class Finetuning:
 
 def finetune_classifier(config: FinetuneConfig) -> None:
     """Fine-tune, or finish fine-tuning, the classifier at `config.output`."""
-    config = absolute_places(config)
+    config = resolve(config)
     config = dataclasses.replace(config, teacher=with_absolute_weights(config.teacher))
     output = config.output
     train, val = open_splits(config)

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from pipeline import storage
 from pipeline.cluster.training import run_training
-from pipeline.config import absolute_places
 from pipeline.threads import in_order
 from pipeline.training.checkpoints import TrainState
-from pipeline.training.config import claim_output
+from pipeline.training.config import claim_output, resolve
 from pipeline.training.journal import Journal
 from pipeline.training.metrics import Progress
 from pipeline.training.optim import autocast, grad_scaler, resolve_precision
@@ -54,7 +53,7 @@ PICTURES = "pictures"
 
 def finetune_segmentation(config: SegmentationConfig) -> Score:
     """Train, or finish training, the segmenter at `config.output`; its score on val, also printed."""
-    config = absolute_places(config)
+    config = resolve(config)
     output = config.output
     # Everything that can be refused is refused before anything is written.
     start = read_start(config)

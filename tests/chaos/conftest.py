@@ -12,17 +12,19 @@ import pytest
 
 from pipeline.cluster.config import ClusterConfig
 from pipeline.training.optim import OptimConfig
+from pretrain.config import PretrainConfig
 from pretrain.masking import MaskConfig
 from pretrain.model.backbone import BackboneSize
 from pretrain.model.mim import MIMConfig, PatchAggregationConfig
-from pretrain.train import PretrainConfig, pretrain_mim
+from pretrain.train import pretrain_mim
 from shards.pixels.views import ViewPolicy
 from shards.writer.prepare import PrepareConfig, prepare_images
 from tests.pipeline.gloo_group import PRELOADED
+from tokenizer.config import TokenizerTrainConfig
 from tokenizer.model.vqkd import VQKDConfig
 from tokenizer.precompute.config import PrecomputeConfig
 from tokenizer.precompute.run import precompute_shards
-from tokenizer.train import TokenizerTrainConfig, train_tokenizer
+from tokenizer.train import train_tokenizer
 
 Run = Callable[[Any], None]
 HERE = ClusterConfig(num_workers=0)

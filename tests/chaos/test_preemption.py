@@ -22,7 +22,8 @@ from pipeline import storage
 from pipeline.cluster.config import ClusterConfig
 from pipeline.training.metrics import read_metrics
 from pipeline.training.worker import Worker
-from pretrain.train import PretrainConfig, pretrain_mim
+from pretrain.config import PretrainConfig
+from pretrain.train import pretrain_mim
 from tests.chaos.conftest import Stage
 from tests.chaos.test_kill_ray import Head, running_head
 from tests.conftest import _descendants, _end_with_parent, _free_port, _started

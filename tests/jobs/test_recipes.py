@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from pipeline.config import parse
+from pretrain.config import PretrainConfig
 from pretrain.evals.corruptions import CORRUPTIONS
 from pretrain.evals.robustness import RobustnessConfig
 from pretrain.finetune.config import FinetuneConfig
 from pretrain.segment.config import SegmentationConfig
-from pretrain.train import PretrainConfig
+from tokenizer.config import TokenizerTrainConfig
 from tokenizer.precompute.config import PrecomputeConfig
-from tokenizer.train import TokenizerTrainConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
 

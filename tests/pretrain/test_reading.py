@@ -12,9 +12,10 @@ import pytest
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from pipeline.training.metrics import read_metrics
+from pretrain.config import PretrainConfig
 from pretrain.model.backbone import BackboneSize
 from pretrain.model.mim import MIMConfig, PatchAggregationConfig
-from pretrain.train import PretrainConfig, pretrain_mim
+from pretrain.train import pretrain_mim
 from shards.dataset.corpus import SubsetConfig
 from shards.dataset.parts import read_plan
 from shards.format.build import build_shard

@@ -18,10 +18,11 @@ from pipeline.training.checkpoints import CheckpointStore
 from pipeline.training.interruption import InterruptedRunError
 from pipeline.training.metrics import read_metrics
 from pipeline.training.optim import OptimConfig, set_lr
+from pretrain.config import PretrainConfig
 from pretrain.model.artifacts import load_backbone, load_mim, read_backbone_header
 from pretrain.model.backbone import BackboneSize
 from pretrain.model.mim import MIMConfig, PatchAggregationConfig
-from pretrain.train import PretrainConfig, pretrain_mim
+from pretrain.train import pretrain_mim
 from shards.dataset.dataset import open_dataset
 from shards.pixels.crops import StoredCrops
 from shards.reader.reader import Batches, SampleBatch, ShardReader

@@ -14,10 +14,11 @@ from pipeline.cluster.config import ClusterConfig
 from pipeline.training.optim import OptimConfig
 from shards.pixels.views import ViewPolicy
 from shards.writer.prepare import PrepareConfig, prepare_images
+from tokenizer.config import TokenizerTrainConfig
 from tokenizer.model.artifact import METRICS, save_tokenizer
 from tokenizer.model.teacher import TeacherConfig, build_teacher
 from tokenizer.model.vqkd import VQKD, VQKDConfig
-from tokenizer.train import TokenizerTrainConfig, train_tokenizer
+from tokenizer.train import train_tokenizer
 
 IN_PROCESS = ClusterConfig(num_workers=0)
 NUM_IMAGES = 40
