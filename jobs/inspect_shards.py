@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pipeline.config import run_job
 from shards.dataset.dataset import open_dataset
-from shards.dataset.summary import as_text, summarize
+from shards.dataset.summary import in_words, summarize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class InspectConfig:
 def main(config: InspectConfig) -> None:
     """Reads every index file once, no tar."""
     summary = summarize(open_dataset(config.dataset, codes=config.codes))
-    print(json.dumps(summary.to_json(), sort_keys=True) if config.json else as_text(summary))
+    print(json.dumps(summary.to_json(), sort_keys=True) if config.json else in_words(summary))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""How often each code occurs in a token dataset, where on the grid, and in which classes; a sample of crops.
+"""How a token dataset uses its codebook: how often, where on the grid and in which classes each code occurs.
 
-One pass over the index files, shard by shard: memory is that of the tables, whatever the number of crops.
+Index files are read one at a time: memory is that of the tables, whatever the number of crops.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from shards.format.index import codes_of
 from shards.format.manifest import ShardInfo
 
 LISTED_CODES = 8
-"""So many of the most and of the least used codes, and of the dead ones, are listed."""
+"""Number of codes that are listed of the most used, of the least used, and of the dead ones."""
 SAMPLED_SHARDS = 64
 """Shards that a sample of crops is drawn from, whose indexes are read; more where these hold too little."""
-UNLABELLED = -1
 SHIFTS = 4
-"""So many times each grid is shifted: one alone scatters where codes are few."""
+"""Number of random shifts of each grid: one alone scatters where codes are few."""
+UNLABELLED = -1
+
+
+# ------------------------------------------------------------------------------------------------ by code
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodeCount:
-    """One code and how many patches carry it."""
+    """One code and the number of patches that carry it."""
 
     code: int
     patches: int
@@ -54,20 +57,12 @@ class CodeStatistics:
 
 
 def count_codes(dataset: Dataset, views: Sequence[int] | None = None) -> np.ndarray:
-    """How many patches of some views, or of all, carry each code: int64 [codebook_size]."""
-    counts = np.zeros(codebook_size(dataset), np.int64)
+    """Number of patches of some views, or of all, that carry each code: int64 [codebook_size]."""
+    counts = np.zeros(dataset.manifest.require_tokenizer().codebook_size, np.int64)
     for view in range(dataset.num_views) if views is None else views:
         for shard in dataset.shards(view):
             add_codes(counts, codes_of(dataset.read_index(view, shard.number, ("codes",))), shard)
     return counts
-
-
-def codebook_size(dataset: Dataset) -> int:
-    """K of a token dataset's tokenizer."""
-    tokenizer = dataset.manifest.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"{dataset.url} holds images, which have no codes")
-    return tokenizer.codebook_size
 
 
 def add_codes(counts: np.ndarray, codes: np.ndarray, shard: ShardInfo) -> None:
@@ -88,14 +83,13 @@ def require_codes(codes: np.ndarray, codebook_size: int, shard: ShardInfo) -> No
 
 def code_statistics(counts: np.ndarray) -> CodeStatistics:
     """Statistics of code counts, int64 [codebook_size]; equally frequent codes are listed by number."""
-    dead = np.flatnonzero(counts == 0)
-    ascending = np.argsort(counts, kind="stable")
-    descending = np.argsort(-counts, kind="stable")
-    used = len(counts) - len(dead)
 
     def listed(codes: np.ndarray) -> tuple[CodeCount, ...]:
-        return tuple(CodeCount(code=code, patches=int(counts[code])) for code in codes.tolist())
+        return tuple(CodeCount(code=int(code), patches=int(counts[code])) for code in codes)
 
+    dead = np.flatnonzero(counts == 0)
+    ascending, descending = np.argsort(counts, kind="stable"), np.argsort(-counts, kind="stable")
+    used = len(counts) - len(dead)
     return CodeStatistics(
         codebook_size=len(counts),
         patches=int(counts.sum()),
@@ -115,6 +109,9 @@ def perplexity(counts: np.ndarray) -> float:
         return 0.0
     share = counts[counts > 0] / total
     return float(np.exp(-(share * np.log(share)).sum()))
+
+
+# ---------------------------------------------------------------------------------------- by place and class
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -146,44 +143,41 @@ def count_places_and_classes(dataset: Dataset, codes: Sequence[int], *, seed: in
 
     A pure function of dataset, codes and seed. InputError for a code beyond the codebook.
     """
-    manifest = dataset.manifest
-    size, area = codebook_size(dataset), manifest.grid[0] * manifest.grid[1]
+    tokenizer = dataset.manifest.require_tokenizer()
+    size, (rows, columns) = tokenizer.codebook_size, tokenizer.grid
+    area = rows * columns
     slots = np.full(size, -1)
     slots[list(codes)] = np.arange(len(codes))
-    counts = np.zeros(size, np.int64)
     by_place, shifted = np.zeros((size, area), np.int64), np.zeros((SHIFTS, size, area), np.int64)
     by_class, class_patches = np.zeros((len(codes), 0), np.int64), np.zeros(0, np.int64)
-    progress = Progress("counting codes", manifest.samples_written, "crops")
+    progress = Progress("counting codes", dataset.manifest.samples_written, "crops")
     for view in range(dataset.num_views):
         for shard in dataset.shards(view):
             table = dataset.read_index(view, shard.number, ("label", "codes"))
-            found = codes_of(table).astype(np.int64)
-            add_codes(counts, found, shard)
+            grids = codes_of(table).astype(np.int64)
+            require_codes(grids, size, shard)
             rng = np.random.default_rng((seed, view, shard.number))
-            _add_places(by_place, found, np.arange(area))
-            for one in shifted:
-                _add_places(one, found, _shifted_places(len(found), manifest.grid, rng))
+            _add_cells(by_place, grids * area + np.arange(area))
+            for counts in shifted:
+                _add_cells(counts, grids * area + _shifted_places(len(grids), tokenizer.grid, rng))
             labels = table.column("label").fill_null(UNLABELLED).to_numpy().astype(np.int64)
-            if (labels != UNLABELLED).any():
+            labelled = labels != UNLABELLED
+            if labelled.any():
                 classes = max(int(labels.max()) + 1, len(class_patches))
                 more = classes - len(class_patches)
-                by_class, class_patches = (
-                    np.pad(by_class, ((0, 0), (0, more))),
-                    np.pad(class_patches, (0, more)),
-                )
-                labelled, kept = labels[labels != UNLABELLED], slots[found[labels != UNLABELLED]]
-                class_patches += area * np.bincount(labelled, minlength=classes)
-                cells = (kept * classes + labelled[:, None])[kept >= 0]
-                by_class += np.bincount(cells, minlength=by_class.size).reshape(by_class.shape)
-            progress.update(len(found))
+                by_class = np.pad(by_class, ((0, 0), (0, more)))
+                class_patches = np.pad(class_patches, (0, more))
+                class_patches += area * np.bincount(labels[labelled], minlength=classes)
+                asked = slots[grids[labelled]]
+                _add_cells(by_class, (asked * classes + labels[labelled][:, None])[asked >= 0])
+            progress.update(len(grids))
     progress.close()
     return CodeCounts(by_place=by_place, shifted=shifted, by_class=by_class, class_patches=class_patches)
 
 
-def _add_places(table: np.ndarray, codes: np.ndarray, places: np.ndarray) -> None:
-    """Count codes [n, N] into a table [K, N'] at their places, [N] or [n, N]."""
-    cells = (codes * table.shape[1] + places).ravel()
-    table += np.bincount(cells, minlength=table.size).reshape(table.shape)
+def _add_cells(table: np.ndarray, cells: np.ndarray) -> None:
+    """Count flat positions of a table into it."""
+    table += np.bincount(cells.ravel(), minlength=table.size).reshape(table.shape)
 
 
 def _shifted_places(crops: int, grid: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
@@ -192,6 +186,9 @@ def _shifted_places(crops: int, grid: tuple[int, int], rng: np.random.Generator)
     down, right = rng.integers(0, rows, (crops, 1)), rng.integers(0, columns, (crops, 1))
     row, column = np.divmod(np.arange(rows * columns), columns)
     return (row + down) % rows * columns + (column + right) % columns
+
+
+# ------------------------------------------------------------------------------------------------ a sample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -204,7 +201,7 @@ class CropSample:
 
 def draw_sample(dataset: Dataset, number: int, *, seed: int) -> CropSample:
     """Up to `number` crops of view 0, a pure function of dataset, number and seed; no pixels are read."""
-    sizes = dataset.shard_sizes(0)
+    sizes, size = dataset.shard_sizes(0), dataset.manifest.require_tokenizer().codebook_size
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(sizes))
     enough = int(np.searchsorted(np.cumsum(sizes[order]), number)) + 1
@@ -216,13 +213,14 @@ def draw_sample(dataset: Dataset, number: int, *, seed: int) -> CropSample:
     drawn = np.sort(rng.choice(crops, min(number, crops), replace=False))
     codes: list[np.ndarray] = []
     places: list[Place] = []
-    for i, end, size in zip(numbers.tolist(), ends.tolist(), sizes[numbers].tolist(), strict=True):
-        rows = drawn[(drawn >= end - size) & (drawn < end)] - (end - size)
+    for i, end in zip(numbers.tolist(), ends.tolist(), strict=True):
+        first = end - sizes[i]
+        rows = drawn[(drawn >= first) & (drawn < end)] - first
         if len(rows) == 0:
             continue
         table, shard = dataset.read_index(0, i, (*PLACE_COLUMNS, "codes")), dataset.shard(0, i)
         codes.append(codes_of(table)[rows])
-        require_codes(codes[-1], codebook_size(dataset), shard)
+        require_codes(codes[-1], size, shard)
         chosen = table.select(PLACE_COLUMNS).take(pa.array(rows))
         places += [Place.of(shard, record) for record in chosen.to_pylist()]
     return CropSample(codes=np.concatenate(codes), places=tuple(places))

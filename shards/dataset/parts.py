@@ -16,7 +16,6 @@ from typing import Literal
 
 from pipeline import storage
 from pipeline.errors import InputError
-from shards.dataset.dataset import ShardTable, open_table
 from shards.format.manifest import MANIFEST, Manifest, read_manifest
 from shards.format.plan import Plan
 
@@ -43,8 +42,7 @@ class Part:
     @property
     def first_view(self) -> int | None:
         """The first of the views it holds or describes; None where neither manifest nor plan say."""
-        described = self.manifest or self.plan
-        return None if described is None else described.first_view
+        return None if self._described is None else self._described.first_view
 
     @property
     def num_views(self) -> int:
@@ -56,9 +54,12 @@ class Part:
     @property
     def tokenizer(self) -> str | None:
         """Fingerprint of the tokenizer whose codes it has; None for images and where nothing says."""
-        described = self.manifest or self.plan
-        tokenizer = None if described is None else described.tokenizer
-        return None if tokenizer is None else tokenizer.fingerprint
+        spec = None if self._described is None else self._described.tokenizer
+        return None if spec is None else spec.fingerprint
+
+    @property
+    def _described(self) -> Manifest | Plan | None:
+        return self.manifest or self.plan
 
 
 def parts(root: str) -> list[Part]:
@@ -66,37 +67,33 @@ def parts(root: str) -> list[Part]:
 
     Raises InputError where a manifest or plan is there that cannot be read.
     """
-    return [_part(url, kind) for url, kind in places(root).items()]
+    return [
+        Part(
+            url=url,
+            kind=kind,
+            manifest=read_manifest(url) if storage.exists(storage.join(url, MANIFEST)) else None,
+            plan=read_plan(url),
+        )
+        for url, kind in places(root).items()
+    ]
 
 
 def places(root: str) -> dict[str, PartKind]:
     """Where the parts of a dataset lie, the base first, whatever can be read of them."""
     root = storage.absolute(root)
-    found: dict[str, PartKind] = {root: "base"}
-    more, codes = storage.join(root, "more"), storage.join(root, "codes")
-    for name in storage.list_folders(more):
-        if _VIEWS.fullmatch(name):
-            found[storage.join(more, name)] = "views"
-    for layer in storage.list_folders(codes):
-        if not _LAYER.fullmatch(layer):
-            continue
-        for name in storage.list_folders(storage.join(codes, layer)):
-            if _VIEWS.fullmatch(name):
-                found[storage.join(codes, layer, name)] = "codes"
-    return found
+    codes = storage.join(root, "codes")
+    layers = [storage.join(codes, name) for name in storage.list_folders(codes) if _LAYER.fullmatch(name)]
+    kinds: dict[str, PartKind] = {root: "base"}
+    for folder in (storage.join(root, "more"), *layers):
+        views = (name for name in storage.list_folders(folder) if _VIEWS.fullmatch(name))
+        kinds |= {storage.join(folder, name): "codes" if folder in layers else "views" for name in views}
+    return kinds
 
 
 def views_in_words(first_view: int, num_views: int) -> str:
     """`view 2`, or `views 2 to 4`."""
     last = first_view + num_views - 1
     return f"view {last}" if num_views == 1 else f"views {first_view} to {last}"
-
-
-def open_part(part: Part) -> ShardTable:
-    """The shards of a finished part, each with complete URLs; those of a code layer name the pixels' tars."""
-    if part.manifest is None:
-        raise InputError(f"{part.url} is unfinished; run the job that writes it again, it will go on")
-    return open_table(part.url)
 
 
 def read_plan(url: str) -> Plan | None:
@@ -110,8 +107,3 @@ def read_plan(url: str) -> Plan | None:
         raise InputError(
             f"{location} is not a plan of this format ({error!r}); bring back the plan that was there"
         ) from None
-
-
-def _part(url: str, kind: PartKind) -> Part:
-    finished = storage.exists(storage.join(url, MANIFEST))
-    return Part(url=url, kind=kind, manifest=read_manifest(url) if finished else None, plan=read_plan(url))

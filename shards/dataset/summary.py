@@ -1,22 +1,20 @@
-"""What a finished dataset holds, in numbers: sizes, counts, how its codes are used, one sample's grid.
-
-Index files are read one at a time, so memory does not grow with the number of samples.
-"""
+"""What a finished dataset holds, in numbers and in words: sizes, counts, use of the codes, one sample."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from shards.dataset.codes import CodeCount, CodeStatistics, add_codes, code_statistics, codebook_size
-from shards.dataset.dataset import Dataset
-from shards.dataset.parts import Part, PartKind, open_part, parts, views_in_words
+from shards.dataset.codes import CodeCount, CodeStatistics, add_codes, code_statistics
+from shards.dataset.dataset import Dataset, open_table
+from shards.dataset.parts import Part, PartKind, parts, views_in_words
 from shards.format.index import codes_of
-from shards.format.manifest import Manifest, ShardInfo
+from shards.format.manifest import Manifest
 
 EPOCHS = (300, 1600)
 """The paper's pretraining lengths (Tables 9 and 10)."""
@@ -75,16 +73,11 @@ class DatasetSummary:
     parts: tuple[PartSummary, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON: what the manifest says of the samples, and the numbers beside it."""
-        own = dataclasses.asdict(dataclasses.replace(self, manifest=None))  # type: ignore[arg-type]
-        del own["manifest"]
-        manifest = self.manifest.to_json()
-        return {
-            **own,
-            **{name: manifest[name] for name in _FROM_MANIFEST},
-            "views": self.manifest.num_views,
-            "samples": list(self.manifest.written_per_view),
-        }
+        """The numbers, and of the manifest what it says of the samples."""
+        value, manifest = dataclasses.asdict(self), self.manifest.to_json()
+        del value["manifest"]
+        views = {"views": self.manifest.num_views, "samples": list(self.manifest.written_per_view)}
+        return {**value, **views, **{name: manifest[name] for name in _FROM_MANIFEST}}
 
 
 _FROM_MANIFEST = (
@@ -95,72 +88,116 @@ _FROM_MANIFEST = (
 
 def summarize(dataset: Dataset) -> DatasetSummary:
     """Everything about a dataset, from its manifest and one pass over its index files, checked by hash."""
-    tokens = dataset.kind == "tokens"
-    columns = ("codes", "label") if tokens else ("label",)
-    counts = np.zeros(codebook_size(dataset) if tokens else 0, np.int64)
-    labelled: dict[int, int] = {}
+    manifest = dataset.manifest
+    counts = None if manifest.tokenizer is None else np.zeros(manifest.tokenizer.codebook_size, np.int64)
+    labelled: Counter[int] = Counter()
     tar_bytes = index_bytes = rejects_bytes = 0
-    last_foreign = ""
+    last_tar = ""
     for view in range(dataset.num_views):
         for shard in dataset.shards(view):
-            if shard.tar != last_foreign:  # ranges of one tar indexed in place follow each other
-                tar_bytes += shard.tar_bytes
-                last_foreign = shard.tar if shard.in_place else ""
+            tar_bytes += 0 if shard.tar == last_tar else shard.tar_bytes
+            last_tar = shard.tar  # ranges of one tar indexed in place follow each other
             index_bytes += shard.index_bytes
             rejects_bytes += shard.rejects_bytes or 0
+            columns = ("label",) if counts is None else ("codes", "label")
             table = dataset.read_index(view, shard.number, columns)
-            if tokens:
+            if counts is not None:
                 add_codes(counts, codes_of(table), shard)
             if view == 0:
-                labels = table.column("label").drop_null().to_numpy()
-                for label, number in zip(*np.unique(labels, return_counts=True), strict=True):
-                    labelled[int(label)] = labelled.get(int(label), 0) + int(number)
+                labelled.update(table.column("label").drop_null().to_numpy().tolist())
     return DatasetSummary(
         url=dataset.url,
         fingerprint=dataset.fingerprint,
-        manifest=dataset.manifest,
+        manifest=manifest,
         labelled=dict(sorted(labelled.items())),
         tar_bytes=tar_bytes,
         index_bytes=index_bytes,
         rejects_bytes=rejects_bytes,
-        codes=code_statistics(counts) if tokens else None,
+        codes=None if counts is None else code_statistics(counts),
         example=_example(dataset),
         parts=tuple(_part(dataset.url, part) for part in parts(dataset.url)),
     )
 
 
-# ------------------------------------------------------------------------------------------------ as text
+def _part(root: str, part: Part) -> PartSummary:
+    table = open_table(part.url) if part.finished else None
+    return PartSummary(
+        place="base" if part.url == root else part.url.removeprefix(f"{root}/"),
+        kind=part.kind,
+        finished=part.finished,
+        first_view=part.first_view,
+        views=part.num_views,
+        tokenizer=part.tokenizer,
+        crops=0 if table is None else table.manifest.samples_written,
+        tar_bytes=0 if table is None or part.kind == "codes" else table.total("tar_bytes"),
+        index_bytes=0 if table is None else table.total("index_bytes"),
+    )
 
 
-def as_text(summary: DatasetSummary) -> str:
+def _example(dataset: Dataset) -> SampleRow | None:
+    """The first stored sample; None where nothing was stored."""
+    filled = np.flatnonzero(dataset.shard_sizes(0))
+    if not len(filled):
+        return None
+    [row] = dataset.read_index(0, int(filled[0])).slice(0, 1).to_pylist()
+    names = [entry.name for entry in dataclasses.fields(SampleRow) if entry.name != "grid"]
+    grid = None if "codes" not in row else np.reshape(row["codes"], dataset.manifest.grid).tolist()
+    return SampleRow(**{name: row.get(name) for name in names}, grid=grid)
+
+
+# ------------------------------------------------------------------------------------------------ in words
+
+
+def in_words(summary: DatasetSummary) -> str:
     """The summary for people: one fact per line, the grid as a table."""
     manifest = summary.manifest
     written, rejected = manifest.samples_written, sum(manifest.samples_rejected.values())
+    reasons = ", ".join(f"{reason} {number:,}" for reason, number in manifest.samples_rejected.items())
     per_view = " + ".join(f"{number:,}" for number in manifest.written_per_view)
-    facts = [
+    lines = _facts(
         ("dataset", summary.url),
         ("kind", f"{manifest.kind}, format version {manifest.format_version}"),
         ("fingerprint", summary.fingerprint),
         *(("made from", f"{name} {value}") for name, value in manifest.inputs.items()),
         ("views", f"{manifest.num_views} of {manifest.shards_per_view:,} shards each, samples {per_view}"),
         ("samples", f"{manifest.samples_in:,} in = {written:,} written + {rejected:,} rejected"),
-        ("rejected", ", ".join(f"{why} {n:,}" for why, n in manifest.samples_rejected.items()) or "none"),
-        ("labels", _labels(summary)),
+        ("rejected", reasons or "none"),
+        ("labels", _labels_in_words(summary)),
         ("tars", _size(summary.tar_bytes, written)),
         ("index", _size(summary.index_bytes, written)),
         ("rejects", _size(summary.rejects_bytes, rejected)),
-    ]
-    lines = [f"{name:<14}{value}" for name, value in facts]
+    )
     if len(summary.parts) > 1:
         lines += ["", "parts", *(f"  {part.place:<20}{_part_in_words(part)}" for part in summary.parts)]
     if manifest.tokenizer is not None:
         lines += ["", *_leaves("tokenizer", manifest.tokenizer.to_json())]
     lines += ["", *_leaves("recipe", manifest.recipe.to_json())]
     if summary.codes is not None:
-        lines += ["", *_codes_in_words(summary.codes), _epochs_in_words(manifest.num_views)]
+        lines += ["", *_codes_in_words(summary.codes, manifest.num_views)]
     if summary.example is not None:
         lines += ["", *_example_in_words(summary.example)]
     return "\n".join(lines)
+
+
+def _facts(*facts: tuple[str, str]) -> list[str]:
+    return [f"{name:<14}{value}" for name, value in facts]
+
+
+def _size(num_bytes: int, samples: int) -> str:
+    each = f", {num_bytes / samples:,.0f} bytes per sample" if samples and num_bytes else ""
+    return f"{num_bytes:,} bytes{each}"
+
+
+def _labels_in_words(summary: DatasetSummary) -> str:
+    if not summary.labelled:
+        return "none"
+    numbers = summary.labelled.values()
+    names = summary.manifest.class_names
+    named = "" if names is None else f" of {len(names)} named"
+    return (
+        f"{sum(numbers):,} samples in {len(numbers):,}{named} classes, "
+        f"{min(numbers):,} to {max(numbers):,} samples each"
+    )
 
 
 def _part_in_words(part: PartSummary) -> str:
@@ -176,23 +213,6 @@ def _part_in_words(part: PartSummary) -> str:
     return f"{what}, {part.crops:,} crops, {tars}{part.index_bytes:,} of index{each}"
 
 
-def _labels(summary: DatasetSummary) -> str:
-    if not summary.labelled:
-        return "none"
-    numbers = summary.labelled.values()
-    names = summary.manifest.class_names
-    named = f" of {len(names)} named" if names is not None else ""
-    return (
-        f"{sum(numbers):,} samples in {len(numbers):,}{named} classes, "
-        f"{min(numbers):,} to {max(numbers):,} samples each"
-    )
-
-
-def _size(num_bytes: int, samples: int) -> str:
-    each = f", {num_bytes / samples:,.0f} bytes per sample" if samples and num_bytes else ""
-    return f"{num_bytes:,} bytes{each}"
-
-
 def _leaves(path: str, value: Any) -> list[str]:
     """`path.key value`, a line for each value of a nested JSON object."""
     if not isinstance(value, dict) or not value:
@@ -200,67 +220,35 @@ def _leaves(path: str, value: Any) -> list[str]:
     return [line for key, inner in sorted(value.items()) for line in _leaves(f"{path}.{key}", inner)]
 
 
-def _codes_in_words(codes: CodeStatistics) -> list[str]:
-    def share(count: CodeCount) -> str:
-        return f"{count.code} ({100 * count.patches / codes.patches:.3g} %)"
+def _codes_in_words(codes: CodeStatistics, views: int) -> list[str]:
+    def shares(counts: tuple[CodeCount, ...]) -> str:
+        each = (f"{count.code} ({100 * count.patches / codes.patches:.3g} %)" for count in counts)
+        return ", ".join(each) or "none"
 
+    every = "in every epoch" if views == 1 else f"in one epoch of {views}"
+    times = ", ".join(f"{epochs / views:,.4g} times in {epochs:,} epochs" for epochs in EPOCHS)
     more = ", …" if codes.num_dead > len(codes.dead) else ""
     listed = f": {', '.join(map(str, codes.dead))}{more}" if codes.dead else ""
-    facts = [
+    return _facts(
         ("patches", f"{codes.patches:,} in all views"),
         ("usage", f"{100 * codes.usage:.1f} % of {codes.codebook_size:,} codes"),
         ("perplexity", f"{codes.perplexity:,.1f} of at most {codes.codebook_size:,}"),
-        ("most used", ", ".join(map(share, codes.most_used)) or "none"),
-        ("least used", ", ".join(map(share, codes.least_used)) or "none"),
+        ("most used", shares(codes.most_used)),
+        ("least used", shares(codes.least_used)),
         ("dead codes", f"{codes.num_dead:,}{listed}"),
-    ]
-    return [f"{name:<14}{value}" for name, value in facts]
-
-
-def _epochs_in_words(views: int) -> str:
-    shown = ", ".join(f"{epochs / views:,.4g} times in {epochs:,} epochs" for epochs in EPOCHS)
-    every = "in every epoch" if views == 1 else f"in one epoch of {views}"
-    return f"{'each crop':<14}seen {every}: {shown}"
+        ("each crop", f"seen {every}: {times}"),
+    )
 
 
 def _example_in_words(sample: SampleRow) -> list[str]:
-    made = (
-        f"{sample.image_bytes:,} bytes from {sample.source} ({sample.source_width} x {sample.source_height})"
-    )
-    lines = [f"{'sample':<14}{sample.key}, {made}, label {'none' if sample.label is None else sample.label}"]
+    size = f"{sample.source_width} x {sample.source_height}"
+    label = "none" if sample.label is None else sample.label
+    made = f"{sample.image_bytes:,} bytes from {sample.source} ({size})"
+    lines = _facts(("sample", f"{sample.key}, {made}, label {label}"))
     if sample.crop is not None:
-        place = ", ".join(f"{side} {pixels}" for side, pixels in sample.crop.items())
-        lines.append(f"{'crop':<14}{place}{', mirrored' if sample.hflip else ''}")
+        sides = ", ".join(f"{side} {pixels}" for side, pixels in sample.crop.items())
+        lines += _facts(("crop", f"{sides}{', mirrored' if sample.hflip else ''}"))
     if sample.grid is not None:
         width = max(len(str(code)) for row in sample.grid for code in row)
         lines += ["codes", *(f"  {' '.join(f'{code:>{width}}' for code in row)}" for row in sample.grid)]
     return lines
-
-
-# ------------------------------------------------------------------------------------------------ inside
-
-
-def _part(root: str, part: Part) -> PartSummary:
-    table = open_part(part) if part.finished else None
-    return PartSummary(
-        place="base" if part.url == root else part.url.removeprefix(f"{root}/"),
-        kind=part.kind,
-        finished=part.finished,
-        first_view=part.first_view,
-        views=part.num_views,
-        tokenizer=part.tokenizer,
-        crops=0 if part.manifest is None else part.manifest.samples_written,
-        tar_bytes=0 if table is None or part.kind == "codes" else table.total("tar_bytes"),
-        index_bytes=0 if table is None else table.total("index_bytes"),
-    )
-
-
-def _example(dataset: Dataset) -> SampleRow | None:
-    """The first stored sample; None where nothing was stored."""
-    first: ShardInfo | None = next((shard for shard in dataset.shards(0) if shard.samples), None)
-    if first is None:
-        return None
-    [row] = dataset.read_index(0, first.number).slice(0, 1).to_pylist()
-    names = [field.name for field in dataclasses.fields(SampleRow) if field.name != "grid"]
-    grid = np.reshape(row["codes"], dataset.manifest.grid).tolist() if dataset.kind == "tokens" else None
-    return SampleRow(**{name: row.get(name) for name in names}, grid=grid)

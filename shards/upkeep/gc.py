@@ -18,8 +18,8 @@ from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.storage import FileStat
 from pipeline.threads import in_order
-from shards.dataset.dataset import ShardTable
-from shards.dataset.parts import PLAN, open_part, parts, places
+from shards.dataset.dataset import ShardTable, open_table
+from shards.dataset.parts import PLAN, parts, places
 from shards.format.manifest import MANIFEST, read_manifest, shard_name
 from shards.sources.table import SOURCES
 from shards.writer.commit import CHECK_THREADS, RUN_CONFIG, Receipt
@@ -66,7 +66,7 @@ def find_garbage(url: str, *, older_than_s: float = DAY_S) -> Garbage:
                 f"{part.url} is unfinished, and may need what no manifest names yet; run the job that writes "
                 "it again, or remove that folder"
             )
-    tables = [open_part(part) for part in (base, *added)]
+    tables = [open_table(part.url) for part in (base, *added)]
     oldest = time.time() - older_than_s
     objects: list[FileStat] = []
     others: list[FileStat] = []

@@ -24,8 +24,8 @@ from shards.dataset.dataset import (
     probe_differences,
     views_url,
 )
-from shards.dataset.parts import open_part, parts
-from shards.dataset.summary import as_text, summarize
+from shards.dataset.parts import parts
+from shards.dataset.summary import in_words, summarize
 from shards.format.build import BuildError
 from shards.format.index import codes_of, index_header
 from shards.format.manifest import Recipe, TokenizerSpec, read_manifest
@@ -142,11 +142,11 @@ def test_parts_are_listed_finished_or_not(growing: Growing) -> None:
     assert all(part.plan is not None for part in found)
     for part in (found[0], found[1], found[3]):
         for view in range(part.num_views):
-            for shard in open_part(part).shards(view):
+            for shard in open_table(part.url).shards(view):
                 assert storage.stat(shard.tar).bytes == shard.tar_bytes  # type: ignore[union-attr]
                 assert storage.stat(shard.index).bytes == shard.index_bytes  # type: ignore[union-attr]
     with pytest.raises(InputError, match=r"more/v03 is unfinished"):
-        open_part(found[2])
+        open_table(found[2].url)
     [nothing] = parts(f"{root}-elsewhere")
     assert (nothing.kind, nothing.manifest, nothing.plan) == ("base", None, None)
 
@@ -279,7 +279,7 @@ def test_a_copy_made_with_any_tool_is_sound(growing: Growing, tmp_path: Path) ->
     assert [all_read(open_dataset(copy, codes=codes), epochs=4) for codes in (None, LAYER)] == read
     for part in parts(copy):
         for view in range(part.num_views):
-            for shard in open_part(part).shards(view):
+            for shard in open_table(part.url).shards(view):
                 assert shard.tar.startswith(f"{copy}/") and storage.exists(shard.tar)
 
 
@@ -397,7 +397,7 @@ def test_the_summary_names_every_part(growing: Growing) -> None:
     ]
     stored = sum(path.stat().st_size for path in Path(growing.root, "more/v02/shards").iterdir())
     assert found.parts[1].tar_bytes == stored and found.parts[3].tar_bytes == 0
-    text = as_text(found)
+    text = in_words(found)
     assert "view 3, unfinished: readers do not see it" in text
     assert "codes of views 0 to 1 by tokenizer cccccccc, 16 crops" in text
     layer = summarize(open_dataset(growing.root, codes=LAYER))
@@ -415,4 +415,4 @@ def test_parts_on_an_object_store(s3_url: str, small_dataset: Callable[..., Any]
     layer = open_dataset(grown.root, codes=LAYER)
     assert all_read(layer, epochs=1) and layer.shard(1, 0).tar.startswith(f"{s3_url}/tokens/shards/v01")
     [code_part] = [part for part in parts(grown.root) if part.kind == "codes"]
-    assert open_part(code_part).shard(1, 0).tar == layer.shard(1, 0).tar
+    assert open_table(code_part.url).shard(1, 0).tar == layer.shard(1, 0).tar

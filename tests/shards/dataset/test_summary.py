@@ -21,7 +21,7 @@ from shards.dataset import codes as codes_module
 from shards.dataset import dataset as dataset_module
 from shards.dataset.codes import CodeCount, code_statistics, count_codes, perplexity
 from shards.dataset.dataset import open_dataset
-from shards.dataset.summary import as_text, summarize
+from shards.dataset.summary import in_words, summarize
 from shards.format.index import codes_of
 from shards.writer.commit import items
 
@@ -76,7 +76,7 @@ def test_tokens_are_counted_over_all_views(tmp_path: Path, small_dataset: Callab
     assert found.example is not None and found.example.key == first.key
     assert np.array_equal(found.example.grid, first.codes)
 
-    text = as_text(found)
+    text = in_words(found)
     for row in first.codes.tolist():
         width = len(str(first.codes.max()))
         assert "  " + " ".join(f"{code:>{width}}" for code in row) in text.splitlines()
@@ -97,8 +97,8 @@ def test_images_have_no_codes(tmp_path: Path, small_dataset: Callable[..., Any])
     assert found.codes is None and found.to_json()["tokenizer"] is None
     assert found.example is not None and found.example.grid is None
     assert found.rejects_bytes == 0
-    assert "rejected      none" in as_text(found)
-    with pytest.raises(ValueError, match="images"):
+    assert "rejected      none" in in_words(found)
+    with pytest.raises(InputError, match="image dataset has no codes"):
         count_codes(dataset)
 
 

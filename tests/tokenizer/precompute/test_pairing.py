@@ -13,8 +13,7 @@ import torch
 from jobs.verify_shards import VerifyConfig, main
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
-from shards.dataset.dataset import ShardTable, open_dataset
-from shards.dataset.parts import open_part
+from shards.dataset.dataset import ShardTable, open_dataset, open_table
 from shards.dataset.parts import parts as parts_of
 from shards.pixels.views import ViewPolicy
 from tokenizer.model.artifact import VisualTokenizer, load_vqkd, read_tokenizer, save_tokenizer
@@ -59,7 +58,7 @@ def token_shards(
 
 @pytest.fixture
 def parts(token_shards: str) -> list[ShardTable]:
-    return [open_part(part) for part in parts_of(token_shards)]
+    return [open_table(part.url) for part in parts_of(token_shards)]
 
 
 def test_codes_of_each_tokenizer_are_proven(
