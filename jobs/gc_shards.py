@@ -54,11 +54,9 @@ def seconds(age: str) -> float:
 
 def in_words(garbage: Garbage, deleting: bool) -> list[str]:
     """A line for each object, then one for all."""
-    lines = [f"{found.url}  {found.bytes:,} bytes" for found in garbage.objects]
-    for write in garbage.writes:
-        size = "bytes unknown" if write.bytes is None else f"{write.bytes:,} bytes"
-        lines.append(f"{write.url}  {size}, a write that never ended")
-    lines += [f"note: {found.url} is none of the dataset's, and stays" for found in garbage.others]
+    lines = [f"{file.url}  {file.bytes:,} bytes" for file in garbage.objects]
+    lines += [f"{file.url}  {file.bytes:,} bytes, a write that never ended" for file in garbage.writes]
+    lines += [f"note: {file.url} is none of the dataset's, and stays" for file in garbage.others]
     if garbage.young:
         lines.append(f"note: {garbage.young:,} more are too young")
     count = len(garbage.objects) + len(garbage.writes)
@@ -73,10 +71,10 @@ def to_json(garbage: Garbage, deleted: bool) -> dict[str, Any]:
         "dataset": garbage.url,
         "deleted": deleted,
         "bytes": garbage.bytes,
-        "objects": [{"url": found.url, "bytes": found.bytes} for found in garbage.objects],
-        "unfinished_writes": [{"url": write.url, "bytes": write.bytes} for write in garbage.writes],
+        "objects": [{"url": file.url, "bytes": file.bytes} for file in garbage.objects],
+        "unfinished_writes": [{"url": file.url, "bytes": file.bytes} for file in garbage.writes],
         "young": garbage.young,
-        "others": [found.url for found in garbage.others],
+        "others": [file.url for file in garbage.others],
     }
 
 

@@ -35,7 +35,7 @@ RETOKENIZE = 0.001
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """Check every object of a dataset, and of what was added to it: sizes, hashes, rows, images, codes."""
+    """Check every object of a dataset, and of what was added to it: sizes, hashes, counts, images, codes."""
 
     dataset: str = field(metadata=URL)
     """Folder or URL of image shards or token shards."""

@@ -37,7 +37,21 @@ CPU_BATCH = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class Measured:
+    """Figures of a few crops."""
+
+    sampled: int
+    """Crops that were measured."""
+    crop_bytes: float
+    device: str
+    prepare_s: float
+    """Core-seconds to decode, crop and encode as JPEG, per crop."""
+    encode_s: float | None
+    """Seconds of the encoder on the device, per crop; None where this machine has no such device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate(Measured):
     """A pass in numbers."""
 
     what: str
@@ -49,18 +63,10 @@ class Estimate:
     shards: int
     shards_done: int
     """Shards that an earlier attempt committed."""
-    sampled: int
-    """Crops that were measured."""
-    crop_bytes: float
     tar_bytes: int
     """Bytes of the tars that are written; 0 for a code layer."""
     read_bytes: int
     """Bytes that the workers fetch."""
-    device: str
-    prepare_s: float
-    """Core-seconds to decode, crop and encode as JPEG, per crop."""
-    encode_s: float | None
-    """Seconds of the encoder on the device, per crop; None where this machine has no such device."""
     workers: int
     cores_per_worker: int
     """Cores per worker if this job starts Ray; on an existing cluster an actor reserves one."""
@@ -97,8 +103,9 @@ def estimate_pass(config: PrecomputeConfig) -> Estimate:
     encode_s = sample.encode_s
     # Of tars that were indexed in place several shards may name one.
     source_bytes = sum({shard.tar: shard.tar_bytes for shard in images.shards(0)}.values())
-    codes_in_tar = 512 + _blocks(128 + 2 * math.prod(plan.require_tokenizer().grid))
-    view_bytes = per_view * (codes_in_tar + 512 + _blocks(int(sample.crop_bytes)))
+    # A tar holds JPEG and codes of a crop in blocks of 512 bytes, each after a header of one block.
+    payloads = (sample.crop_bytes, 128 + 2 * math.prod(plan.require_tokenizer().grid))
+    view_bytes = per_view * sum(512 + 512 * math.ceil(payload / 512) for payload in payloads)
     view_bytes = source_bytes if layer else view_bytes
 
     # Time for what is not done yet: the slowest of the threads that prepare, the encoder, the cores of both.
@@ -120,19 +127,15 @@ def estimate_pass(config: PrecomputeConfig) -> Estimate:
         where = "added to" if plan.first_view else "written to"
         what = f"{views_in_words(plan.first_view, views)} of {per_view:,} images, {where} {config.output}"
     return Estimate(
+        **dataclasses.asdict(sample),
         what=what,
         views=views,
         views_in_all=views_in_all,
         crops=per_view * views,
         shards=shards,
         shards_done=done,
-        sampled=sample.crops,
-        crop_bytes=sample.crop_bytes,
         tar_bytes=0 if layer else view_bytes * views,
         read_bytes=source_bytes * views,
-        device=encode.device,
-        prepare_s=sample.prepare_s,
-        encode_s=encode_s,
         workers=workers,
         cores_per_worker=cores,
         core_hours=left * core_s / 3600,
@@ -168,17 +171,7 @@ def in_words(estimate: Estimate) -> str:
     return "\n".join(f"{name:<13}{fact}" for name, fact in facts.items())
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sample:
-    """Some crops: their number, mean bytes of a JPEG, mean seconds to prepare and to encode one."""
-
-    crops: int
-    crop_bytes: float
-    prepare_s: float
-    encode_s: float | None
-
-
-def _measure(config: PrecomputeConfig, plan: Plan, dataset: Dataset) -> _Sample:
+def _measure(config: PrecomputeConfig, plan: Plan, dataset: Dataset) -> Measured:
     """Crops of a few shards from all over the dataset, prepared and encoded as by a worker."""
     crop = None if plan.kind == "codes" else Cropper.of(plan)
     sizes, pixels, seconds = list[int](), list[np.ndarray](), list[float]()
@@ -205,9 +198,10 @@ def _measure(config: PrecomputeConfig, plan: Plan, dataset: Dataset) -> _Sample:
         began = time.perf_counter()
         encoder.encode(batch)
         encode_s = (time.perf_counter() - began) / size
-    return _Sample(
-        crops=len(pixels),
+    return Measured(
+        sampled=len(pixels),
         crop_bytes=float(np.mean(sizes)),
+        device=encode.device,
         prepare_s=float(np.mean(seconds[1:] or seconds)),  # the first call warms up
         encode_s=encode_s,
     )
@@ -218,11 +212,6 @@ def _device(config: PrecomputeConfig) -> str:
     if stored is not None and config.cluster.num_workers > 0 and stored.recipe.encode is not None:
         return stored.recipe.encode.device
     return "cuda" if config.cluster.use_gpu is not False and torch.cuda.is_available() else "cpu"
-
-
-def _blocks(payload: int) -> int:
-    """Bytes that a payload takes in a tar."""
-    return payload + -payload % 512
 
 
 def _size(num_bytes: float) -> str:

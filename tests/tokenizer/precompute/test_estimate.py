@@ -48,7 +48,7 @@ def test_it_says_what_the_pass_then_does(config: PrecomputeConfig, tmp_path: Pat
     assert estimate.epochs_per_crop == {"300": 150, "800": 400, "1600": 800}
     assert estimate.cache_bytes_all_views == 2 * estimate.cache_bytes_one_view
     assert estimate.core_hours > 0 and estimate.gpu_hours is None and estimate.hours is not None
-    assert estimate.sampled == 11  # 4 of each of the three shards, one of which was rejected
+    assert estimate.sampled == 12  # 4 of each of the three shards
     rest = estimate_pass(config)
     assert (rest.shards_done, rest.core_hours, rest.hours) == (estimate.shards, 0, 0)
 
