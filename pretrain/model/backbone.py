@@ -5,6 +5,7 @@ Parameter names are those of the published pretraining checkpoints.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,14 +28,6 @@ INIT_TRUNCATE_AT = 0.02  # one sigma: what is drawn has a standard deviation of 
 HEAD_PREFIXES = ("lm_head.", "cls_pt_")
 
 SizeName = Literal["tiny", "small", "base", "large"]
-
-_SIZES = {
-    "tiny": (192, 12, 3, 0.1),
-    "small": (384, 12, 6, 0.1),
-    "base": (768, 12, 12, 0.1),
-    "large": (1024, 24, 16, 1e-5),
-}
-"""Width, depth, heads and first layer scale by name (Table 9)."""
 
 # Shapes below: B images, S pixels a side, G patches a side, N = G * G patches, T = N + 1 tokens ([CLS]
 # first), D width, H heads.
@@ -94,6 +87,14 @@ class BackboneConfig:
         return self.grid[0] * self.grid[1]
 
 
+_SIZES = {
+    "tiny": BackboneConfig(width=192, depth=12, heads=3),
+    "small": BackboneConfig(width=384, depth=12, heads=6),
+    "base": BackboneConfig(width=768, depth=12, heads=12),
+    "large": BackboneConfig(width=1024, depth=24, heads=16, layer_scale_init=1e-5),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackboneSize:
     """The user's part of a `BackboneConfig`: a size by name, and what should differ from it.
@@ -118,16 +119,10 @@ class BackboneSize:
         """The complete config for images and patches of this size; InputError when it cannot be built."""
         if self.size not in _SIZES:
             raise InputError(f"no backbone size {self.size!r}; choose one of {', '.join(_SIZES)}")
-        width, depth, heads, layer_scale_init = _SIZES[self.size]
-        return BackboneConfig(
-            image_size=image_size,
-            patch_size=patch_size,
-            width=width if self.width is None else self.width,
-            depth=depth if self.depth is None else self.depth,
-            heads=heads if self.heads is None else self.heads,
-            layer_scale_init=layer_scale_init if self.layer_scale_init is None else self.layer_scale_init,
-            drop_path=self.drop_path,
-        )
+        sizes = {name: getattr(self, name) for name in ("width", "depth", "heads", "layer_scale_init")}
+        given = {name: value for name, value in sizes.items() if value is not None}
+        shape = {"image_size": image_size, "patch_size": patch_size, "drop_path": self.drop_path}
+        return dataclasses.replace(_SIZES[self.size], **shape, **given)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, TypeVar
 
 import torch
@@ -71,7 +71,7 @@ def backbone_from_official(
     branches from (`layer`, counted from 1; null is the third from the end: 9 of 12, 21 of 24), and how images
     were normalised. Raises InputError that names the first key that is missing, misshapen or left over.
     """
-    config = _backbone_config(tensors, url, [(SHARED_TABLE, 0)], heads=heads, mean=mean, std=std)
+    config = _backbone_config(tensors, url, heads, mean, std)
     kind = "pretraining model"
     if not any(name.startswith(HEAD_PREFIXES) for name in tensors):
         return _filled(lambda: Backbone(config), config, tensors, url, kind)
@@ -94,8 +94,7 @@ def classifier_from_official(
     fine-tuned VQ-KD encoder) has none, and its heads are `heads`, or width / 64. Raises InputError that names
     the first key that is missing, misshapen or left over.
     """
-    positions = [(f".attn.{TABLE}", 0), (SHARED_TABLE, 0)]
-    backbone = _backbone_config(tensors, url, positions, heads=heads, mean=mean, std=std)
+    backbone = _backbone_config(tensors, url, heads, mean, std)
     num_classes = 0
     if any(name.startswith("head.") for name in tensors):
         num_classes = common_size(tensors, url, [("head.weight", 0), ("head.bias", 0)])
@@ -111,35 +110,25 @@ def classifier_from_official(
 
 
 def _backbone_config(
-    tensors: Mapping[str, Tensor],
-    url: str,
-    tables: Sequence[tuple[str, int]],
-    *,
-    heads: int | None,
-    mean: Rgb,
-    std: Rgb,
+    tensors: Mapping[str, Tensor], url: str, heads: int | None, mean: Rgb, std: Rgb
 ) -> BackboneConfig:
-    """The configuration that fits the tensors' shapes; `tables` says where position tables are."""
+    """The configuration that fits the tensors' shapes."""
     width = common_size(tensors, url, PER_CHANNEL, prefix="blocks.0")
     patch_size = common_size(tensors, url, [("patch_embed.proj.weight", 2), ("patch_embed.proj.weight", 3)])
     if "pos_embed" in tensors and not any(name.endswith(TABLE) for name in tensors):
         grid = math.isqrt(max(common_size(tensors, url, [("pos_embed", 1)]) - 1, 0))
         table_heads = heads or max(1, width // HEAD_DIM)
     else:
-        rows = common_size(tensors, url, tables)
-        table_heads = common_size(tensors, url, [(key, 1) for key, _ in tables])
+        rows, table_heads = (common_size(tensors, url, [(f".{TABLE}", axis)]) for axis in (0, 1))
         try:
             grid = table_grid(rows)
         except InputError as error:
-            raise InputError(f"{url}: {tables[0][0]}: {error}; check the file") from None
-        if width % max(table_heads, 1):
+            raise InputError(f"{url}: {error}; check the file") from None
+        if width % max(table_heads, 1) or heads not in (None, table_heads):
+            asked = f"which do not divide the width of {width}" if heads is None else f"not {heads}"
             raise InputError(
-                f"{url}: {tables[0][0]} is for {table_heads} heads, which do not divide the width of "
-                f"{width}; check the file"
-            )
-        if heads is not None and heads != table_heads:
-            raise InputError(
-                f"{url}: its position tables are for {table_heads} heads, not {heads}; leave --heads out"
+                f"{url}: its position tables are for {table_heads} heads, {asked}; "
+                "check the file, or leave --heads out"
             )
     has_scales = any(name.startswith("blocks.") and ".gamma_" in name for name in tensors)
     return BackboneConfig(
@@ -157,16 +146,14 @@ def _backbone_config(
 
 
 def _mim_config(tensors: Mapping[str, Tensor], config: BackboneConfig, layer: int | None) -> MIMConfig:
-    head_depth = count_numbered(tensors, "cls_pt_layers.")
-    if head_depth == 0:
+    if not (head_depth := count_numbered(tensors, "cls_pt_layers.")):
         return MIMConfig(patch_aggregation=PatchAggregationConfig(layer=None))
-    own_head = any(name.startswith(("cls_pt_norm.", "cls_pt_lm_head.")) for name in tensors)
-    branches_from = max(1, config.depth - 3) if layer is None else layer
-    return MIMConfig(
-        patch_aggregation=PatchAggregationConfig(
-            layer=branches_from, head_depth=head_depth, share_mim_head=not own_head
-        )
+    aggregation = PatchAggregationConfig(
+        layer=max(1, config.depth - 3) if layer is None else layer,
+        head_depth=head_depth,
+        share_mim_head=not any(name.startswith(("cls_pt_norm.", "cls_pt_lm_head.")) for name in tensors),
     )
+    return MIMConfig(patch_aggregation=aggregation)
 
 
 def _filled(

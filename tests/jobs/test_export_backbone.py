@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from jobs.export_backbone import ExportConfig, main
 from pipeline import storage
@@ -21,20 +21,13 @@ from pretrain.model.backbone import Backbone, BackboneConfig
 from pretrain.model.classifier import Classifier, ClassifierConfig
 from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
 from pretrain.model.official import official_finetuning
+from tests.reference.shaken import shaken
 from tokenizer.model.artifact import METRICS, save_tokenizer
 from tokenizer.model.official import published_teacher, vqkd_from_official
 
 SHAPE = BackboneConfig(image_size=24, patch_size=4, width=32, depth=2, heads=4)
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 NAMES = ["an apple", "a pear", "a | fig"]
-
-
-def shaken(model: nn.Module) -> Any:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval()
 
 
 @pytest.fixture

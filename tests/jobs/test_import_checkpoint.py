@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ import torch
 from torch import Tensor
 
 from jobs.import_checkpoint import ImportConfig, main
-from pipeline import tensorfile
 from pipeline.errors import InputError
 from pretrain.model.artifacts import load_backbone, load_classifier, load_mim, read_backbone_header
 from tokenizer.model.artifact import VisualTokenizer, read_tokenizer
@@ -172,21 +169,3 @@ def test_what_cannot_be_imported_is_refused_before_anything_is_written(
         run(path, tmp_path / "out")
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     assert {found.name for found in tmp_path.iterdir()} <= {"x.pth"}
-
-
-def test_a_url_that_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tensorfile, "_UNREADABLE_S", 0.0)
-    with pytest.raises(InputError, match=r"cannot read http://127\.0\.0\.1:1/x\.pth: .*check the URL"):
-        run("http://127.0.0.1:1/x.pth", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_on_the_command_line_it_is_one_line_and_status_2(tmp_path: Path, published_state: PublishedState):
-    _with_code(tmp_path / "x.pth", published_state(PRETRAINED))
-    command = [sys.executable, "-m", "jobs.import_checkpoint", "--source", str(tmp_path / "x.pth")]
-    ended = subprocess.run(
-        [*command, "--output", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
-    assert ended.returncode == 2 and ended.stdout == "" and ended.stderr.count("\n") == 1
-    assert ended.stderr.startswith("error: ") and "open" in ended.stderr
-    assert not (tmp_path / "victim").exists() and not (tmp_path / "out").exists()

@@ -91,12 +91,7 @@ class Teacher(nn.Module):
     @property
     def spec(self) -> dict[str, Any]:
         """The teacher as the tokenizer artifact records it."""
-        return {
-            "name": self.name,
-            "dim": self.dim,
-            "input_size": self.input_size,
-            "fingerprint": self.fingerprint,
-        }
+        return {name: getattr(self, name) for name in ("name", "dim", "input_size", "fingerprint")}
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in evaluation mode, whatever is asked."""

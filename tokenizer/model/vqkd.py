@@ -101,12 +101,9 @@ class VQKDConfig:
     @property
     def encoder_size(self) -> TransformerSize:
         """The preset, with whatever was set by hand."""
-        preset = ENCODERS[self.encoder]
-        return TransformerSize(
-            width=preset.width if self.width is None else self.width,
-            depth=preset.depth if self.depth is None else self.depth,
-            heads=preset.heads if self.heads is None else self.heads,
-        )
+        sizes = {"width": self.width, "depth": self.depth, "heads": self.heads}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        return dataclasses.replace(ENCODERS[self.encoder], **given)
 
     @property
     def decoder_size(self) -> TransformerSize:

@@ -6,23 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from pipeline.errors import InputError
 from pretrain.model.backbone import Backbone, BackboneConfig, BackboneSize
 from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
 from pretrain.model.positions import relative_position_index
+from tests.reference.shaken import shaken
 
 CONFIG = BackboneConfig(image_size=24, patch_size=4, width=32, depth=3, heads=4)
-
-
-def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The same model with every parameter moved, so that nothing is hidden by a zero or a one."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
 
 
 def build_mim(layer: int | None = 2, *, share: bool = True) -> MIM:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.errors import InputError
 from pretrain.model.backbone import BackboneConfig, BackboneSize
 from pretrain.model.classifier import Classifier, ClassifierConfig, classifier_from_backbone
 from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
 from pretrain.model.positions import resize_position_table
+from tests.reference.shaken import shaken
 from tokenizer.model.vit import TransformerSize, VisionTransformer
 
 BACKBONE = BackboneConfig(image_size=24, patch_size=6, width=32, depth=3, heads=4)
@@ -25,15 +26,6 @@ def start(
 ) -> dict[str, Tensor]:
     config = ClassifierConfig(backbone=backbone, num_classes=num_classes, **settings)
     return classifier_from_backbone(state, config)
-
-
-def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The same model with every parameter moved, so that nothing is hidden by a zero or a one."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval()
 
 
 def build(num_classes: int = 5, **settings: object) -> Classifier:

@@ -11,18 +11,10 @@ from pretrain.model.classifier import Classifier, ClassifierConfig
 from pretrain.model.export import VisionModel, to_timm, to_transformers, vision_model
 from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
 from pretrain.model.official import at_image_size
+from tests.reference.shaken import shaken
 
 TINY = BackboneConfig(image_size=24, patch_size=4, width=32, depth=3, heads=4)
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def shaken(model: nn.Module) -> nn.Module:
-    """The same model with every parameter moved, so that nothing is hidden by a zero or a one."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +25,6 @@ def pixels() -> Tensor:
 @pytest.fixture(scope="module")
 def mim() -> MIM:
     model = shaken(MIM(TINY, MIMConfig(patch_aggregation=PatchAggregationConfig(layer=2)), 16))
-    assert isinstance(model, MIM)
     return model
 
 
@@ -52,7 +43,6 @@ CLASSIFIERS = {
 
 def classifier(name: str) -> tuple[Classifier, VisionModel]:
     model = shaken(Classifier(CLASSIFIERS[name]))
-    assert isinstance(model, Classifier)
     return model, vision_model(model.state_dict(), model.config, class_names="vwxyz")
 
 
