@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.report.codebook import codebook_page, figures
+from jobs.report.codebook import codebook_files
 from pipeline import storage
 from pipeline.artifacts import claim, publish, read_header
 from pipeline.config import ASIDE, PLACE, absolute_places, identity, run_job
@@ -93,8 +93,7 @@ def visualize_codebook(config: VisualizeConfig) -> None:
         min_images=config.min_images,
         seed=config.seed,
     )
-    page = codebook_page(dataset, sample, codebook, examined)
-    files = {"codebook.html": page, **figures(dataset, examined)}
+    files = codebook_files(dataset, sample, codebook, examined)
     header = {
         "kind": ARTIFACT,
         "config": settings,

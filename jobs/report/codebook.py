@@ -35,35 +35,38 @@ CODE_WORDS = (
 # ------------------------------------------------------------------------------------------------ the whole
 
 
-def codebook_page(
+def codebook_files(
     dataset: Dataset, sample: CropSample, codebook: np.ndarray | None, examined: ExaminedCodebook
-) -> bytes:
-    """One HTML file without anything outside it; `codebook` [K, D] gives similar codes similar colours."""
-    tokenizer = dataset.manifest.require_tokenizer()
-    facts = [[key, str(value)] for key, value in sorted(tokenizer.to_json().items())]
-    facts.append(["dataset", dataset.fingerprint])
-    colors = pictures.code_colors(codebook, examined.statistics.codebook_size)
+) -> dict[str, bytes]:
+    """The page, with nothing outside it, and its figures, PNGs, by file name.
+
+    `codebook` [K, D] gives similar codes similar colours.
+    """
+    tokenizer, (rows, columns) = dataset.manifest.require_tokenizer(), dataset.manifest.grid
+    title = f"Codebook: {dataset.url}"
+    lead = (
+        f"{tokenizer.codebook_size:,} codes of tokenizer {tokenizer.fingerprint[:8]} on {rows} x {columns} "
+        f"patches of {dataset.manifest.samples_written:,} crops, dataset {dataset.fingerprint[:8]}"
+    )
+    facts = {**tokenizer.to_json(), "dataset": dataset.fingerprint}
+    facts = html.table(["", "value"], [(key, str(value)) for key, value in sorted(facts.items())])
+    colors = pictures.code_colors(codebook, tokenizer.codebook_size)
     crops = [
         {"image": decode_crop(place.read()), "codes": pictures.code_map(codes, colors)}
         for place, codes in zip(sample.places[:CROPS], sample.codes, strict=False)
     ]
+    codes = html.paragraph(_codes_lead(examined)) + code_rows(dataset, examined.codes)
     sections = {
-        "Patches that share a code": html.paragraph(_codes_lead(examined))
-        + code_rows(dataset, examined.codes),
+        "Patches that share a code": codes,
         "How often each code is used": usage_body(examined.statistics, examined.counts, "all stored crops"),
         "Where on the grid codes occur": _places_body(examined),
         "Crops and their codes": picture_rows(crops),
-        "Tokenizer": html.details("what the manifest says", html.table(["", "value"], facts)),
+        "Tokenizer": html.details("what the manifest says", facts),
     }
-    return html.page(_title(dataset), _lead(dataset, examined), sections, mark=MARK)
-
-
-def figures(dataset: Dataset, examined: ExaminedCodebook) -> dict[str, bytes]:
-    """The figures by file name, as PNG."""
-    title, lead = _title(dataset), _lead(dataset, examined)
-    codes = [_code_row(dataset, code, SHEET_CROP) for code in examined.codes]
+    shown = [_code_row(dataset, code, SHEET_CROP) for code in examined.codes]
     return {
-        "codes.png": pictures.png(pictures.sheet(title, lead, codes)),
+        "codebook.html": html.page(title, lead, sections, mark=MARK),
+        "codes.png": pictures.png(pictures.sheet(title, lead, shown)),
         "usage.png": pictures.png(pictures.usage_chart(examined.counts)),
         "places.png": pictures.png(pictures.sheet(title, lead, _place_rows(examined))),
     }
@@ -155,19 +158,6 @@ def _row_html(row: Row) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ words
-
-
-def _title(dataset: Dataset) -> str:
-    return f"Codebook: {dataset.url}"
-
-
-def _lead(dataset: Dataset, examined: ExaminedCodebook) -> str:
-    tokenizer, manifest = dataset.manifest.require_tokenizer(), dataset.manifest
-    rows, columns = manifest.grid
-    return (
-        f"{tokenizer.codebook_size:,} codes of tokenizer {tokenizer.fingerprint[:8]} on {rows} "
-        f"x {columns} patches of {manifest.samples_written:,} crops, dataset {dataset.fingerprint[:8]}"
-    )
 
 
 def _codes_lead(examined: ExaminedCodebook) -> str:

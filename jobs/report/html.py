@@ -10,21 +10,11 @@ import html
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 Points = Sequence[tuple[float, float]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Series:
-    """One line of a chart, dashed if it is made of few points."""
-
-    label: str
-    points: Points
-    dashed: bool = False
 
 
 def escape(text: object) -> str:
@@ -88,10 +78,10 @@ _BINS = 200
 """Points of a line at most; those of a longer one are means of neighbours, which also smooths it."""
 
 
-def line_chart(title: str, series: Sequence[Series], *, x_label: str) -> str:
-    """A titled chart with a legend that gives the last values; empty without finite points."""
-    finite = [(line, [(x, y) for x, y in line.points if math.isfinite(y)]) for line in series]
-    everything = [point for _, points in finite for point in points]
+def line_chart(title: str, lines: Mapping[str, Points], *, x_label: str) -> str:
+    """A titled chart of lines by name, with their last values; empty where no point is finite."""
+    finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in lines.items()}
+    everything = [point for points in finite.values() for point in points]
     if not everything:
         return ""
     xs, ys = zip(*everything, strict=True)
@@ -108,13 +98,13 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str) -> str:
     for y in _ticks(low, high, 5):
         parts.append(f'<path d="M{_LEFT} {down(y):.1f}H{_WIDTH - _RIGHT}"/>')
         parts.append(_text(_LEFT - 6, down(y) + 4, _figure(y), "end"))
-    for number, (line, points) in enumerate(finite):
+    for number, (name, points) in enumerate(finite.items()):
         if points:
-            color, dash = f"var(--series-{number % 2})", ' stroke-dasharray="4 4"' if line.dashed else ""
+            color = f"var(--series-{number % 2})"
             # The last point once more: a line of one point is a dot.
             path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in [*_binned(points), points[-1]])
-            parts.append(f'<polyline points="{path}" stroke="{color}"{dash}/>')
-            key = f'<i style="--c:{color}"></i>{escape(line.label)}'
+            parts.append(f'<polyline points="{path}" stroke="{color}"/>')
+            key = f'<i style="--c:{color}"></i>{escape(name)}'
             legend.append(f"<span>{key} <b>{_figure(points[-1][1])}</b></span>")
     return (
         f'<figure class="chart"><h3>{escape(title)}</h3><div class="legend">{"".join(legend)}</div>'

@@ -66,21 +66,20 @@ def _curves(findings: Findings) -> str:
     charts, silent = [], []
     for name, titles in CURVES.items():
         records = findings.curves.get(name, [])
-        lines = {title: [_series(records, *line) for line in lines] for title, lines in titles.items()}
-        drawn = [html.line_chart(title, series, x_label="step") for title, series in lines.items()]
+        drawn = [
+            html.line_chart(title, {label: _points(records, key) for label, key in lines}, x_label="step")
+            for title, lines in titles.items()
+        ]
         charts += filter(None, drawn)
         if not any(drawn):
             silent.append(_not_shown(findings.absent.get(name, f"the {name} has no {METRICS_FILE}")))
     return (html.grid(charts, min_width=400) if charts else "") + "".join(silent)
 
 
-def _series(records: Sequence[Mapping[str, Any]], label: str, key: str) -> html.Series:
+def _points(records: Sequence[Mapping[str, Any]], key: str) -> html.Points:
     # Figures of whole epochs are named after their split.
     split = "epoch" if key.startswith(("train_", "val_")) else "train"
-    points = [
-        (record["step"], record[key]) for record in records if key in record and record["split"] == split
-    ]
-    return html.Series(label=label, points=points, dashed=split == "epoch")
+    return [(line["step"], line[key]) for line in records if key in line and line["split"] == split]
 
 
 # ------------------------------------------------------------------------------------------------ codes

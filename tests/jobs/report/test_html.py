@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from jobs.report import html
-from jobs.report.html import Series
 
 
 class _Balanced(HTMLParser):
@@ -51,14 +50,14 @@ def _coordinates(svg: str) -> np.ndarray:
 
 
 def _chart(points: list[tuple[float, float]], title: str = "loss") -> str:
-    return html.line_chart(title, [Series(label="a", points=points)], x_label="step")
+    return html.line_chart(title, {"a": points}, x_label="step")
 
 
 def test_text_from_outside_stays_text():
     evil = '<script>alert("x")</script>'
     sections = {
         evil: html.paragraph(evil) + html.details(evil, "") + html.table([evil], [[evil, evil]]),
-        "chart": html.line_chart(evil, [Series(label=evil, points=[(0, 1), (1, 2)])], x_label=evil),
+        "chart": html.line_chart(evil, {evil: [(0, 1), (1, 2)]}, x_label=evil),
         "image": html.image(np.zeros((2, 2, 3), np.uint8), evil, width=2),
     }
     tags = _tags(html.page(evil, evil, sections, mark="<!-- mark -->").decode())
@@ -78,7 +77,7 @@ def test_points_that_are_no_numbers_are_left_out_and_empty_charts_are_nothing():
     points = [(0.0, 1.0), (1.0, float("nan")), (2.0, float("inf")), (3.0, 2.0)]
     svg = _chart(points)
     assert len(_coordinates(svg)) == 2 and "nan" not in svg and "inf" not in svg
-    assert _chart(points[1:3]) == "" == html.line_chart("loss", [], x_label="step")
+    assert _chart(points[1:3]) == "" == html.line_chart("loss", {}, x_label="step")
 
 
 def test_one_point_and_constant_values_can_be_drawn():
