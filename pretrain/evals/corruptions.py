@@ -43,15 +43,12 @@ the distance from the mean colour; JPEG quality."""
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
-_IMAGENET_C_FROM = 128  # pixels a side; the published sets have 32 and 224, what lies between is our choice
-
 _NOISE_STREAM = 0x6E6F6973  # "nois": a counter word that no other draw has
-_TRUNCATE = 4.0  # standard deviations, where the blur's kernel ends
 
 
 def default_table(image_size: int) -> StrengthTable:
     """Constants made for such images: ImageNet-C's are for 224 pixels a side, CIFAR-10-C's for 32."""
-    return "imagenet_c" if image_size >= _IMAGENET_C_FROM else "cifar10_c"
+    return "imagenet_c" if image_size >= 128 else "cifar10_c"  # what lies between is our choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +124,8 @@ def split_list(text: str | None) -> list[str]:
 
 def blur(pixels: np.ndarray, std: float) -> np.ndarray:
     """Each channel convolved with a normal kernel of `std` pixels; the border's pixels go on outside."""
-    blurred = gaussian_filter(
-        pixels.astype(np.float64), sigma=(std, std, 0), mode="nearest", truncate=_TRUNCATE
-    )
-    return _to_uint8(blurred)
+    values = pixels.astype(np.float64)
+    return _to_uint8(gaussian_filter(values, sigma=(std, std, 0), mode="nearest", truncate=4.0))
 
 
 def compress(pixels: np.ndarray, quality: int) -> np.ndarray:

@@ -18,10 +18,6 @@ from pretrain.evals.linear import LabelledFeatures
 
 TEMPERATURE = 0.07
 
-QUERIES_AT_ONCE = 1024
-BANK_AT_ONCE = 16384
-"""With these, similarities take 64 MiB."""
-
 
 @torch.inference_mode()
 def knn_predictions(
@@ -32,14 +28,15 @@ def knn_predictions(
     *,
     temperature: float = TEMPERATURE,
     progress: Progress | None = None,
-    queries_at_once: int = QUERIES_AT_ONCE,
-    bank_at_once: int = BANK_AT_ONCE,
+    queries_at_once: int = 1024,
+    bank_at_once: int = 16384,
 ) -> Tensor:
     """The class of each query by its k nearest of the bank, int64 [len(ks), queries], for every k of `ks`.
 
     A k beyond the size of the bank takes all of it. Of equally near images at the k-th place any may vote;
     float32 makes some equal where all features point one way, as an untrained backbone's do. Memory does not
-    grow with the bank: it is gone through for every few queries, of which the nearest so far are kept.
+    grow with the bank: it is gone through for every few queries, of which the nearest so far are kept; at the
+    default sizes similarities take 64 MiB.
     """
     bank, queries = bank.near(device), queries.near(device)
     predicted = torch.empty(len(ks), len(queries.labels), dtype=torch.int64)

@@ -17,10 +17,8 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 
-_CHUNK_BYTES = 16 << 20
-"""Float32 features per chunk where no batch size is given."""
-_RESIDENT_BYTES = 8 << 30
-"""Features up to this size move to the device as a whole, larger ones batch by batch."""
+_CHUNK_BYTES = 16 << 20  # of float32 features, where no batch size is given
+_RESIDENT_BYTES = 8 << 30  # features up to this size move to the device as a whole, larger ones by batch
 
 Edge = Literal["highest", "lowest"] | None
 """The end of a sweep at which a rate lies, beyond which nothing was tried; None in between."""
@@ -137,15 +135,12 @@ def train_classifiers(
     weights = [torch.zeros(shape, device=device, requires_grad=True) for _ in lrs]
     biases = [torch.zeros(shape[0], device=device, requires_grad=True) for _ in lrs]
 
-    def logits_of(data: LabelledFeatures, rows: Tensor) -> Tensor:
-        """[b, C, L]: one matrix product for all classifiers, which share nothing else."""
+    def classify(data: LabelledFeatures, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [b, C, L], by one matrix product of classifiers that share nothing else; targets [b, L]."""
         x = (data.batch(rows, device) - mean) * scale
         logits = F.linear(x, torch.cat(weights), torch.cat(biases))
-        return logits.unflatten(1, (len(lrs), shape[0])).transpose(1, 2)
-
-    def targets_of(data: LabelledFeatures, rows: Tensor) -> Tensor:
-        """[b, L]."""
-        return data.labels[rows].to(device)[:, None].expand(-1, len(lrs))
+        targets = data.labels[rows].to(device)[:, None].expand(-1, len(lrs))
+        return logits.unflatten(1, (len(lrs), shape[0])).transpose(1, 2), targets
 
     groups = [{"params": [w, b], "lr": lr} for w, b, lr in zip(weights, biases, lrs, strict=True)]
     optimizer = torch.optim.Adam(groups, fused=True)
@@ -155,7 +150,7 @@ def train_classifiers(
     generator = torch.Generator().manual_seed(sweep.seed)
     for _ in range(sweep.epochs):
         for rows in torch.randperm(num, generator=generator).split(sweep.batch_size):
-            losses = F.cross_entropy(logits_of(train, rows), targets_of(train, rows), reduction="sum")
+            losses = F.cross_entropy(*classify(train, rows), reduction="sum")
             optimizer.zero_grad()
             (losses / len(rows)).backward()
             optimizer.step()
@@ -165,7 +160,7 @@ def train_classifiers(
     loss_sums = torch.zeros(len(lrs), dtype=torch.float64)
     with torch.inference_mode():
         for rows in test.chunks(max(1, _CHUNK_BYTES // (4 * (shape[1] + shape[0] * len(lrs))))):
-            logits, targets = logits_of(test, rows), targets_of(test, rows)
+            logits, targets = classify(test, rows)
             correct.append((logits.argmax(dim=1) == targets).cpu())
             losses = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
             loss_sums += losses.sum(dim=0, dtype=torch.float64).cpu()

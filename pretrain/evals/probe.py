@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -232,7 +232,7 @@ def probe_linear(config: ProbeConfig) -> None:
     cluster = dataclasses.replace(config.cluster, num_workers=min(config.cluster.num_workers, 1))
     result = ProbeResult(skipped=reason)
     if reason is None:
-        [result] = map_items([config], _make_runner, cluster)
+        [result] = map_items([config], lambda: run_probe, cluster)
     header = {
         "kind": ARTIFACT,
         "config": settings,
@@ -254,10 +254,6 @@ def why_not(train: Dataset, val: Dataset) -> str | None:
     if len(set(labels[labels != UNLABELLED].tolist())) < 2:
         return f"all labelled images of {train.url} are of one class"
     return None
-
-
-def _make_runner() -> Callable[[ProbeConfig], ProbeResult]:
-    return run_probe
 
 
 # ------------------------------------------------------------------------------------------------ protocol
