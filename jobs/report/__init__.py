@@ -1,1 +1,5 @@
-"""Pages and pictures for people: the report of a run, the codebook, drawn images."""
+"""Pages and pictures for people.
+
+`html` writes pages and charts, `pictures` draws codes and predictions, `drawing` the quickstart's images;
+`findings` opens what a run left behind, `sections` show it, `codebook` shows what codes stand for.
+"""

@@ -28,12 +28,14 @@ COUNTED_CROPS = 2_000_000
 MIN_IMAGES = 6
 """A code from fewer images of the sample is not shown with its patches."""
 
-_USAGE = "codebook_usage"
 CURVES = {
     "tokenizer": {
         "Tokenizer: reconstruction loss": (("training", "rec_loss"), ("held out", "val_rec_loss")),
         "Tokenizer: commitment loss": (("training", "emb_loss"), ("held out", "val_emb_loss")),
-        "Tokenizer: codebook usage": (("training", f"train_{_USAGE}"), ("held out", f"val_{_USAGE}")),
+        "Tokenizer: codebook usage": (
+            ("training", "train_codebook_usage"),
+            ("held out", "val_codebook_usage"),
+        ),
         "Tokenizer: perplexity": (("training", "train_perplexity"), ("held out", "val_perplexity")),
     },
     "backbone": {
