@@ -105,17 +105,13 @@ def _is_named(table: ShardTable, path: str) -> bool:
     manifest = table.manifest
     if path in (MANIFEST, PLAN, RUN_CONFIG, SOURCES, manifest.table.path):
         return True
-    receipt, object_ = _RECEIPT.fullmatch(path), _OBJECT.fullmatch(path)
-    match = receipt or object_
-    if match is None:
-        return False
-    view, number = int(match[2]) - manifest.first_view, int(match[3])
+    match = _RECEIPT.fullmatch(path) or _OBJECT.fullmatch(path)
+    view, number = (int(match[2]) - manifest.first_view, int(match[3])) if match else (-1, -1)
     if not (0 <= view < table.num_views and 0 <= number < table.num_shards):
         return False
-    if receipt is not None:
-        return receipt[1] == manifest.plan[:8]
     shard = table.stored(view, number)
-    return path in (shard.tar, shard.index, shard.rejects)
+    receipt = f"receipts/{manifest.plan[:8]}/{shard.name}.json"
+    return path in (receipt, shard.tar, shard.index, shard.rejects)
 
 
 def _is_unclaimed(file: FileStat, tables: Sequence[ShardTable]) -> bool:

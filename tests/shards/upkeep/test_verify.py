@@ -13,20 +13,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import storage
+from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from shards.dataset.dataset import open_dataset
-from shards.format.build import BuiltShard, ForeignTar, build_shard
+from shards.format.build import BuiltShard
 from shards.format.index import read_index, write_table
-from shards.format.manifest import Manifest, Recipe
+from shards.format.manifest import Manifest
 from shards.format.plan import Plan, items
-from shards.format.records import StoredSample
 from shards.format.tar import build_tar
-from shards.pixels.decode import DecodeConfig, decode_recipe
 from shards.pixels.views import decode_crop, encode_crop
 from shards.upkeep.repair import MakeItem
 from shards.upkeep.verify import Verification, is_chosen, verify_dataset
 from shards.writer.commit import commit, finish, start
+from shards.writer.prepare import PrepareConfig, prepare_images
 
 Written = Any  # of conftest
 
@@ -226,35 +225,22 @@ def test_parts_of_another_dataset_are_found(written: Written) -> None:
 # ------------------------------------------------------------------------------------------------ in place
 
 
-def test_tars_indexed_in_place_are_checked_by_version_and_image(
-    tmp_path: Path, make_sample: Callable[..., StoredSample]
-) -> None:
-    samples = [make_sample(i, tokens=False) for i in range(4)]
-    samples = [dataclasses.replace(s, source_width=16, source_height=16) for s in samples]
-    tar = tmp_path / "theirs.tar"
-    archive, offsets = build_tar([(f"{s.sample_id}.jpg", s.image) for s in samples])
+def test_tars_indexed_in_place_are_checked_by_version_and_image(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = [encode_crop(rng.integers(0, 256, (16, 16, 3), np.uint8), 95) for _ in range(4)]
+    tar, root = tmp_path / "theirs.tar", str(tmp_path / "out")
+    archive, offsets = build_tar([(f"{number}.jpg", data) for number, data in enumerate(images)])
     tar.write_bytes(archive)
-    found = storage.stat(str(tar))
-    assert found is not None
-    foreign = ForeignTar(url=str(tar), bytes=found.bytes, version=found.version)
-    recipe = Recipe(decode=decode_recipe(DecodeConfig()))
-    plan = Plan(kind="images", inputs={}, recipe=recipe, first_ids=(0, 2, 4), views=1)
-    root = str(tmp_path / "out")
-    start(root, plan)
-    for item in items(plan):
-        mine = [
-            dataclasses.replace(samples[i], image_offset=offsets[i])
-            for i in range(item.first_id, item.end_id)
-        ]
-        commit(root, plan, item, build_shard(mine, [], grid=None, codebook_size=None, foreign=foreign))
-    finish(root, plan, decode_crop)
+    listed_ns = tar.stat().st_mtime_ns
+    cluster = ClusterConfig(num_workers=0)
+    prepare_images(PrepareConfig(source=str(tar), output=root, max_shard_samples=2, cluster=cluster))
     sound = verify_dataset(root)
     assert sound.sound and sound.total.decoded == 4, sound.problems
 
     flipped = bytearray(archive)
     flipped[offsets[3] + 40] ^= 1
     tar.write_bytes(bytes(flipped))
-    os.utime(tar, ns=(int(found.version), int(found.version)))
+    os.utime(tar, ns=(listed_ns, listed_ns))
     [problem] = verify_dataset(root, sample=0).problems
     assert problem.object == str(tar) and "damaged at 0000000003-00" in problem.what
     tar.write_bytes(archive)  # a new modification time
