@@ -18,7 +18,10 @@ from jobs.check_reference import CheckReferenceConfig, check_folder, main
 from jobs.reference.fixtures import Checks
 from pipeline.errors import InputError
 from pretrain.model.backbone import BackboneConfig
+from pretrain.model.classifier import Classifier, ClassifierConfig
 from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
+from pretrain.model.official import official_finetuning
+from tests.reference.shaken import shaken
 from tests.reference.slow_models import ClipTower, State, slow_mim, slow_vqkd, unit
 from tokenizer.model.vqkd import VQKD, VQKDConfig
 
@@ -179,31 +182,20 @@ def write_mim(folder: Path, stem: str) -> None:
 # ------------------------------------------------------------------------------------------------ the rest
 
 
+@torch.no_grad()
 def write_finetune(folder: Path, stem: str, *, cls: bool) -> None:
-    """By timm's BEiT: per-block tables and mean pooling, or [CLS] and absolute positions alone."""
-    from timm.models.beit import Beit
-
-    model = Beit(
-        img_size=20, patch_size=4, embed_dim=24, depth=3, num_heads=3, init_values=0.1, num_classes=6,
-        use_abs_pos_emb=cls, use_rel_pos_bias=not cls, global_pool="token" if cls else "avg",
-    ).eval()  # fmt: skip
-    generator = torch.Generator().manual_seed(5)
-    images = torch.randn(2, 3, 20, 20, generator=generator)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-        tokens = model.forward_features(images)
-        values = {
-            "images": images,
-            "logits": model(images),
-            "pooled": model.forward_head(tokens, pre_logits=True),
-            "all_tokens": model.fc_norm(tokens),
-        }
-    indices = {key: index for key, index in model.named_buffers() if key.endswith("relative_position_index")}
-    state = model.state_dict() | {key: index.clone() for key, index in indices.items()}
-    assert len(indices) == (0 if cls else 3)
-    save_file(state, folder / f"{stem}_init.safetensors")
-    save_arrays(folder / f"{stem}_io.npz", values)
+    """Per-block tables and mean pooling, or [CLS] and absolute positions alone: what no table tells."""
+    config = ClassifierConfig(
+        backbone=BackboneConfig(image_size=20, patch_size=4, width=24, depth=3, heads=3),
+        num_classes=6,
+        pooling="cls" if cls else "mean",
+        absolute_positions=cls,
+        relative_positions="none" if cls else "per_block",
+    )
+    model, images = shaken(Classifier(config)), torch.randn(2, 3, 20, 20)
+    values = {"images": images, "logits": model(images), "pooled": model.pooled(images)}
+    save_arrays(folder / f"{stem}_io.npz", {**values, "all_tokens": model.forward_tokens(images)})
+    save_file(official_finetuning(model.state_dict(), config.backbone), folder / f"{stem}_init.safetensors")
 
 
 @pytest.fixture(scope="module")
