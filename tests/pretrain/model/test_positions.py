@@ -40,17 +40,6 @@ def test_a_cubic_surface_is_resized_exactly(grid_from: int, grid_to: int):
     assert torch.equal(resized[-3:], table[-3:])
 
 
-@pytest.mark.parametrize(("grid_from", "grid_to", "ratio"), [(14, 24, 1.0903), (14, 32, 1.1349)])
-def test_source_coordinates_are_a_geometric_progression_to_the_new_edge(grid_from, grid_to, ratio):
-    coordinates = np.array(spline_coordinates(grid_from, grid_to))
-    assert len(coordinates) == 2 * grid_from - 1
-    np.testing.assert_array_equal(coordinates, -coordinates[::-1])
-    steps = np.diff(coordinates[grid_from - 1 :])
-    assert steps[0] == 1.0
-    np.testing.assert_allclose(steps[1:] / steps[:-1], ratio, atol=5e-5)
-    assert coordinates[-1] == pytest.approx(grid_to - 1, abs=2e-4)
-
-
 def test_what_lies_beyond_the_table_is_its_border():
     """At most a ratio of 1.5: from 4x4 to 12x12 the table ends at 4.75 of 11 displacements."""
     table = random_table(4, heads=2)
