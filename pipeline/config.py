@@ -47,7 +47,7 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
     try:
         parsed = parser.instantiate_classes(parser.parse_args(_explicit_flags(config_class, argv)))
     except jsonargparse.ArgumentError as error:
-        raise InputError(f"{_one_line(error)}; `--help` lists every key") from None
+        raise InputError(f"{' '.join(str(error).split())}; `--help` lists every key") from None
     values = {field.name: parsed[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     return config_class(**values)
 
@@ -87,14 +87,12 @@ def absolute_places(config: ConfigT) -> ConfigT:
     """
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        match field.metadata.get("url"):
-            case "one" if value is not None:
-                changes[field.name] = storage.absolute(value)
-            case "several" if value is not None:
-                changes[field.name] = ",".join(storage.absolute(url.strip()) for url in value.split(","))
-            case None if dataclasses.is_dataclass(value):
-                changes[field.name] = absolute_places(value)
+        value, kind = getattr(config, field.name), field.metadata.get("url")
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = absolute_places(value)
+        elif value is not None and kind is not None:
+            urls = [value] if kind == "one" else [url.strip() for url in value.split(",")]
+            changes[field.name] = ",".join(map(storage.absolute, urls))
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
@@ -121,7 +119,3 @@ def _module_name() -> str:
     main_module = sys.modules["__main__"]
     spec = getattr(main_module, "__spec__", None)
     return spec.name if spec is not None else os.path.basename(sys.argv[0])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -21,7 +21,6 @@ from pipeline.training.metrics import Progress
 from pipeline.training.optim import (
     autocast,
     build_optimizer,
-    cosine_schedule,
     grad_scaler,
     resolve_precision,
     set_lr,
@@ -123,12 +122,7 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
     model = _model(config, source).to(device)
     optimizer = build_optimizer(model, config.optim, config.batch_size)
     scaler = grad_scaler(device, dtype)
-    lr = cosine_schedule(
-        peak_lr=config.optim.effective_lr(config.batch_size),
-        min_lr=config.optim.min_lr,
-        warmup_steps=round(config.optim.warmup_epochs * steps_per_epoch),
-        total_steps=config.epochs * steps_per_epoch,
-    )
+    lr = config.optim.schedule(config.batch_size, steps_per_epoch, config.epochs)
     num_masked = config.mask.resolve(source.grid).num_masked
 
     # Resume.
@@ -152,11 +146,8 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
         f"{device}, {dtype}\n{reader.begin(state.epoch, state.position)}",
         Progress("pretrain", config.epochs * per_epoch, "images", done=done),
         tensors,
-        ReaderReports(
-            config.output, reader.telemetry, num_threads=config.decode_threads, resume_step=state.step
-        )
-        if worker.is_main
-        else None,
+        epochs=config.epochs,
+        reports=ReaderReports(config.output, reader.telemetry, config.decode_threads, resume_step=state.step),
     )
 
     step = state.step
@@ -192,12 +183,7 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
                 metrics = mim_figures(*means.take_sums(), aggregated=model.cls_pt_layers is not None)
                 require_finite(metrics, step, samples.keys)
                 journal.record(here, {**metrics, "lr": lr(place), "grad_norm": float(grad_norm)})
-            journal.after_step(
-                here,
-                samples.global_size,
-                {"epoch": epoch + 1, **metrics},
-                may_save=recorded and not last_of_epoch,
-            )
+            journal.after_step(here, samples.global_size, metrics, may_save=recorded and not last_of_epoch)
         # Scored where an epoch ends, so that the best one is the best of epochs.
         journal.save_together(TrainState(epoch=epoch + 1, step=step), score=metrics.get("loss_total"))
 

@@ -24,7 +24,6 @@ from pipeline.training.metrics import Progress
 from pipeline.training.optim import (
     autocast,
     build_optimizer,
-    cosine_schedule,
     grad_scaler,
     resolve_precision,
     set_lr,
@@ -87,12 +86,7 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
     optimizer = build_optimizer(model, config.optim, config.batch_size)
     scaler = grad_scaler(device, dtype)
     steps_per_epoch = reader.steps_per_epoch
-    lr = cosine_schedule(
-        peak_lr=config.optim.effective_lr(config.batch_size),
-        min_lr=config.optim.min_lr,
-        warmup_steps=round(config.optim.warmup_epochs * steps_per_epoch),
-        total_steps=config.epochs * steps_per_epoch,
-    )
+    lr = config.optim.schedule(config.batch_size, steps_per_epoch, config.epochs)
 
     # Resume, or start the codebook from the first batches.
     journal = Journal(config, worker, {"model": model, "optimizer": optimizer, "scaler": scaler})
@@ -122,11 +116,8 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
         f"{worker.world_size} workers, {device}, {dtype}\n{reader.begin(state.epoch, state.position)}",
         Progress("train tokenizer", config.epochs * per_epoch, "images", done=done),
         tensors,
-        ReaderReports(
-            config.output, reader.telemetry, num_threads=config.decode_threads, resume_step=state.step
-        )
-        if worker.is_main
-        else None,
+        epochs=config.epochs,
+        reports=ReaderReports(config.output, reader.telemetry, config.decode_threads, resume_step=state.step),
     )
 
     step = state.step
@@ -174,12 +165,7 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
                 require_finite(figures, step, batch.keys)
                 model.quantize.check_equal_on_all_ranks(worker)
                 journal.record(here, {**figures, "lr": lr(place), "grad_norm": float(grad_norm)})
-            journal.after_step(
-                here,
-                batch.global_size,
-                {"epoch": epoch + 1, **figures},
-                may_save=recorded and not last_of_epoch,
-            )
+            journal.after_step(here, batch.global_size, figures, may_save=recorded and not last_of_epoch)
 
         metrics = {
             "train_rec_loss": figures.get("rec_loss", math.nan),
@@ -194,7 +180,6 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
             TrainState(epoch=epoch + 1, step=step),
             # Scored where an epoch ends: there the figures are of these weights.
             score=metrics.get("val_loss", metrics["train_rec_loss"]),
-            title=f"epoch {epoch + 1}/{config.epochs}",
             figures=metrics,
         )
 

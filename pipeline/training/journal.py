@@ -52,13 +52,16 @@ class Journal:
         opening: str,
         progress: Progress,
         tensors: Callable[[], dict[str, Any]],
+        *,
+        epochs: int = 0,
         reports: Reports | None = None,
     ) -> None:
         """Print the opening line and open the records, of which those after `state.step` are dropped.
 
-        `tensors` gives what a checkpoint holds beside the states; it is called when one is saved.
+        `tensors` gives what a checkpoint holds beside the states; it is called when one is saved. `epochs` of
+        the run are shown, where it has some.
         """
-        self._progress, self._tensors, self._reports = progress, tensors, reports
+        self._progress, self._tensors, self._epochs, self._reports = progress, tensors, epochs, reports
         self._log: MetricsLog | None = None
         self._saved_s = time.monotonic()
         if self._worker.is_main:
@@ -84,7 +87,8 @@ class Journal:
         self.state = state
         if self._log is None:
             return
-        self._progress.update(taken, **shown)
+        epoch = {"epoch": state.epoch + 1} if self._epochs else {}
+        self._progress.update(taken, **epoch, **shown)
         due = time.monotonic() - self._saved_s > self._config.checkpoint_every_s
         if may_save and due and not self._checkpoints.is_writing:
             self._save()
@@ -101,16 +105,11 @@ class Journal:
             self._worker.interruption.saved()
 
     def save_together(
-        self,
-        state: TrainState,
-        *,
-        score: float | None = None,
-        title: str = "",
-        figures: Mapping[str, float] | None = None,
+        self, state: TrainState, *, score: float | None = None, figures: Mapping[str, float] | None = None
     ) -> None:
         """On all ranks, at an epoch's end: save, once nothing is being written; lower scores are better.
 
-        `figures` are recorded as those of the epoch, and printed after the title.
+        `figures` are recorded as those of the epoch, and printed.
         """
         self._checkpoints.wait_together(self._worker)
         self.state = state
@@ -119,7 +118,7 @@ class Journal:
         if figures is not None:
             self._log.log(state.step, {"epoch": state.epoch, **figures}, split="epoch")
             shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
-            print(f"{title}: {shown}", flush=True)
+            print(f"epoch {state.epoch}/{self._epochs}: {shown}", flush=True)
         self._save(score=score)
         self._saved_s = time.monotonic()
 

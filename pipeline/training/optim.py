@@ -47,6 +47,15 @@ class OptimConfig:
         """The peak learning rate at this global batch size."""
         return self.peak_lr * batch_size / self.lr_batch_size if self.lr_batch_size else self.peak_lr
 
+    def schedule(self, batch_size: int, steps_per_epoch: int, epochs: int) -> Callable[[float], float]:
+        """The learning rate by step in a run of so many epochs."""
+        return cosine_schedule(
+            peak_lr=self.effective_lr(batch_size),
+            min_lr=self.min_lr,
+            warmup_steps=round(self.warmup_epochs * steps_per_epoch),
+            total_steps=epochs * steps_per_epoch,
+        )
+
 
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay acts on a parameter, by the reference's rule.

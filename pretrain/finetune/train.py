@@ -22,7 +22,7 @@ from pipeline.training.checkpoints import TrainState
 from pipeline.training.config import claim_output, resolve
 from pipeline.training.journal import Journal
 from pipeline.training.metrics import Progress
-from pipeline.training.optim import autocast, cosine_schedule, grad_scaler, resolve_precision
+from pipeline.training.optim import autocast, grad_scaler, resolve_precision
 from pipeline.training.step import require_finite, synchronized, to_device
 from pipeline.training.worker import Worker
 from pretrain.finetune.augment import MixedBatch, RandAugment, erase_each, mix_batch
@@ -105,12 +105,7 @@ def _train(run: Finetuning, worker: Worker) -> None:
     train, val = open_splits(config)
     reader = _train_reader(config, train, start, worker)
     steps_per_epoch = reader.steps_per_epoch
-    lr = cosine_schedule(
-        peak_lr=config.optim.effective_lr(config.batch_size),
-        min_lr=config.optim.min_lr,
-        warmup_steps=round(config.optim.warmup_epochs * steps_per_epoch),
-        total_steps=config.epochs * steps_per_epoch,
-    )
+    lr = config.optim.schedule(config.batch_size, steps_per_epoch, config.epochs)
 
     # Resume.
     journal = Journal(config, worker, {"model": model, "optimizer": optimizer, "scaler": scaler})
@@ -131,6 +126,7 @@ def _train(run: Finetuning, worker: Worker) -> None:
         f"{device}, {dtype}",
         Progress("fine-tune", config.epochs * per_epoch, "images", done=done),
         tensors,
+        epochs=config.epochs,
     )
 
     step = state.step
@@ -174,12 +170,7 @@ def _train(run: Finetuning, worker: Worker) -> None:
                 losses = []
                 record = {"loss": metrics["loss"], "lr": lr(place), "grad_norm": float(grad_norm)}
                 journal.record(here, record)
-            journal.after_step(
-                here,
-                samples.global_size,
-                {"epoch": epoch + 1, **metrics},
-                may_save=not last_of_epoch,
-            )
+            journal.after_step(here, samples.global_size, metrics, may_save=not last_of_epoch)
 
         if val is not None:
             metrics |= evaluate(run, start, val, worker, journal.save_if_asked)
@@ -188,7 +179,6 @@ def _train(run: Finetuning, worker: Worker) -> None:
             TrainState(epoch=epoch + 1, step=step),
             # The best one is the first of those with the highest accuracy.
             score=-metrics["val_top1"] if val is not None else None,
-            title=f"epoch {epoch + 1}/{config.epochs}",
             figures=metrics,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
 from dataclasses import dataclass
@@ -136,17 +137,22 @@ class ReaderReports:
         self,
         output: str,
         telemetry: Telemetry,
-        *,
         num_threads: int,
+        *,
         resume_step: int = 0,
         every_s: float = 60.0,
     ) -> None:
-        self._log = MetricsLog(output, resume_step=resume_step, file=READER_FILE)
+        self._output, self._resume_step = output, resume_step
         self._telemetry = telemetry
         self._num_threads = num_threads
         self._every_s = every_s
         self._since_line: list[ReaderFigures] = []
         telemetry.take()  # what came before the first step is no part of the loop
+
+    @functools.cached_property
+    def _log(self) -> MetricsLog:
+        """Opened with the first record: only the rank that writes has one."""
+        return MetricsLog(self._output, resume_step=self._resume_step, file=READER_FILE)
 
     def at(self, step: int) -> None:
         """Record what reading cost since the last call; prints a line when it is time."""

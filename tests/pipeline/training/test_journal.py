@@ -58,8 +58,7 @@ class Loop:
     def begin(self) -> None:
         state = self.journal.state
         progress = Progress("count", 24, "images", done=12 * state.epoch + state.position)
-        reports = self.reports if self.worker.is_main else None
-        self.journal.begin("it begins", progress, lambda: dict(self.own), reports)
+        self.journal.begin("it begins", progress, lambda: dict(self.own), epochs=2, reports=self.reports)
 
     def step(self, epoch: int, number: int, *, may_save: bool = True) -> None:
         with torch.no_grad():
@@ -67,7 +66,7 @@ class Loop:
         self.own["sum"] += number
         here = TrainState(epoch=epoch, position=4 * (number % 3 + 1), step=number + 1)
         self.journal.record(here, {"weight": self.model.weight.item()})
-        self.journal.after_step(here, 4, {"epoch": epoch + 1}, may_save=may_save)
+        self.journal.after_step(here, 4, {"weight": 1.0}, may_save=may_save)
 
     def run(self, after: Callable[[int], None] = lambda step: None) -> None:
         self.begin()
@@ -78,10 +77,7 @@ class Loop:
                 self.step(epoch, number, may_save=number % 3 != 2)
                 after(number + 1)
             place = TrainState(epoch=epoch + 1, step=3 * epoch + 3)
-            figures = {"val_loss": 0.5 + epoch}
-            self.journal.save_together(
-                place, score=0.5 + epoch, title=f"epoch {epoch + 1}/2", figures=figures
-            )
+            self.journal.save_together(place, score=0.5 + epoch, figures={"val_loss": 0.5 + epoch})
 
 
 @pytest.fixture
@@ -137,11 +133,11 @@ def test_asked_to_end_it_saves_at_once_and_goes_on_there(
         stopped.run(lambda step: interruption.ask() if step == at_step - 1 else None)
     assert _saved(stopped)[-1] == at_step
     loop = make_loop()
-    assert loop.journal.state.step == at_step and float(loop.model.weight) == at_step
+    assert loop.journal.state.step == at_step and loop.model.weight.item() == at_step
     assert loop.own == {"sum": sum(range(at_step))}
     loop.run()
     loop.journal.finish()
-    assert float(loop.model.weight) == 6 and loop.own == {"sum": 15}
+    assert loop.model.weight.item() == 6 and loop.own == {"sum": 15}
     straight = str(Path(loop.config.output).parent / "straight")
     assert read_metrics(loop.config.output) == read_metrics(straight)
 
