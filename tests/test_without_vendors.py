@@ -1,4 +1,7 @@
-"""Algorithms run on machines that have torch and timm, but no Ray, no open_clip and no webdataset."""
+"""Algorithms run on machines that have torch and timm, but no Ray and no open_clip.
+
+Shards are written by webdataset, so it is there.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SCRIPT = """
 import sys
-for absent in ("ray", "open_clip", "webdataset", "moto"):
+for absent in ("ray", "open_clip", "moto"):
     sys.modules[absent] = None  # importing it now raises ImportError
 
 from pipeline.cluster.config import ClusterConfig

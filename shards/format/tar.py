@@ -1,11 +1,13 @@
-"""Tar archives as bytes: a deterministic ustar writer, and a reader that refuses what it cannot vouch for.
+"""Tar archives as bytes: webdataset's own writer, and a reader that refuses what it cannot vouch for.
 
-Python's `tarfile` ends silently at a damaged or missing header, so a tar cut at a member boundary looks
-whole; here the end marker must be there.
+A webdataset reader sees one sample for each key, which has no dot: `codes.npy` (NPY bytes) and `jpg` in token
+shards, the source file under its own extension in image shards. Python's `tarfile` ends silently at a damaged
+or missing header, so a tar cut at a member boundary looks whole; here the end marker must be there.
 """
 
 from __future__ import annotations
 
+import io
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,24 +41,24 @@ def build_tar(members: Sequence[tuple[str, bytes]]) -> tuple[bytes, list[int]]:
     """A ustar archive of regular files, and the offset of each payload in it.
 
     Owner, group and time are 0 and there is no padding but zeros: the same members give the same bytes.
-    Names must be ASCII and fit ustar's 100 bytes.
+    Names must be ASCII, fit ustar's 100 bytes, and have an extension.
     """
-    parts: list[bytes] = []
+    from webdataset.writer import TarWriter  # imports torch where it is there: only who writes pays for it
+
+    file = io.BytesIO()
     offsets: list[int] = []
     position = 0
-    for name, payload in members:
-        if len(name) > 100 or not name.isascii():
-            raise ValueError(f"member name {name!r} does not fit a ustar header (100 ASCII bytes)")
-        info = tarfile.TarInfo(name)
-        info.size = len(payload)
-        header = info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
-        padding = -len(payload) % BLOCK
-        parts += (header, payload, bytes(padding))
-        offsets.append(position + len(header))
-        position += len(header) + len(payload) + padding
-    # two zero blocks end the archive; tools expect whole records of 20 blocks
-    parts.append(bytes(2 * BLOCK + -(position + 2 * BLOCK) % tarfile.RECORDSIZE))
-    return b"".join(parts), offsets
+    with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False, keep_meta=True) as writer:
+        for name, payload in members:
+            key, _, extension = name.partition(".")
+            if len(name) > 100 or not name.isascii() or not extension:
+                raise ValueError(
+                    f"member name {name!r} does not fit: at most 100 ASCII bytes with an extension"
+                )
+            writer.write({"__key__": key, extension: payload})
+            offsets.append(position + BLOCK)
+            position += BLOCK + _padded(len(payload))
+    return file.getvalue(), offsets
 
 
 def iter_members(file: BinaryIO) -> Iterator[TarMember]:
