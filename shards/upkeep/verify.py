@@ -50,7 +50,7 @@ from shards.upkeep.parts import (
     decoder_of,
     open_part,
 )
-from shards.writer.commit import Receipt, Summary, manifest_of
+from shards.writer.commit import PassTotals, Receipt, manifest_of
 
 NUM_THREADS = 4
 """Shards that are read at once; each takes at most 100 MB or so, a few times over."""
@@ -199,7 +199,7 @@ def _check_counts(part: OpenedPart, tally: Tally) -> list[Problem]:
     table, plan, manifest = part.table, part.plan, part.manifest
     if plan is None:
         return []
-    summary = Summary(
+    summary = PassTotals(
         table=b"",
         written_per_view=[int(table.shard_sizes(view).sum()) for view in range(table.num_views)],
         samples_in=plan.samples_per_view * plan.views,

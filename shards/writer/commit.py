@@ -16,17 +16,17 @@ import dataclasses
 import itertools
 import json
 import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
 from pipeline import storage
 from pipeline.artifacts import canonical_json, code_version, differences, sha256_hex
 from pipeline.errors import InputError
+from pipeline.threads import in_order
 from shards.dataset.rows import Decode, check_in_place, probe_shard
 from shards.format.build import BuiltShard
 from shards.format.index import FORMAT_VERSION
@@ -46,10 +46,7 @@ PLAN = "plan.json"
 RUN_CONFIG = "config.json"
 PROBES = 16
 CHECK_THREADS = 16
-"""So many receipts and sizes are asked for at once: at 30 ms a request, 10,000 shards take a minute."""
-
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
+"""Receipts and sizes that are asked for at once: at 30 ms a request, 10,000 shards take a minute."""
 
 
 class CommitError(Exception):
@@ -76,55 +73,54 @@ def start(root: str, plan: Plan, *, beside: Sequence[str] = ()) -> Plan:
     Until the dataset is finished, every start tries to create the plan once more: a store that does not
     refuse gets a warning, because nothing protects against a second driver there.
     """
-    url = storage.join(root, PLAN)
-    text = plan.to_bytes()
-    held = _read_or_none(url)
-    if held is None:
+    url, text = storage.join(root, PLAN), plan.to_bytes()
+    stored = storage.read_or_none(url)
+    if stored is None:
         if storage.exists(root):
             raise InputError(f"{root} is a file; choose a folder for the output")
-        stranger = _first_stranger(root, beside)
-        # another driver may have started between the two looks
-        held = _read_or_none(url)
-        if held is None and stranger is not None:
+        other = _first_other_file(root, beside)
+        # Another driver may have started between the two looks.
+        stored = storage.read_or_none(url)
+        if stored is None and other is not None:
             raise InputError(
-                f"{root} already holds something else ({stranger}); choose another output or empty it"
+                f"{root} already holds something else ({other}); choose another output or empty it"
             )
-    if held is None and not storage.create(url, text):
-        held = storage.read(url)
-    begun = plan if held is None else same_plan(root, held, plan)
-    # One byte more, so that what is there cannot be taken for this attempt's; the same JSON.
+    if stored is None and not storage.create(url, text):
+        stored = storage.read(url)
+    accepted = plan if stored is None else same_plan(root, stored, plan)
+    # A probe: the plan plus a newline, which is the same JSON. A store that takes it cannot stop a driver.
     if not storage.exists(storage.join(root, MANIFEST)) and storage.create(url, text + b"\n"):
         storage.put(url, text)
         storage.warn_one_driver(url)
-    return begun
+    return accepted
 
 
-def _first_stranger(root: str, beside: Sequence[str]) -> str | None:
-    expected = {storage.join(storage.absolute(root), name) for name in beside}
-    files = (found.url for found in storage.list_files(storage.absolute(root)))
-    for url in files:
+def _first_other_file(root: str, beside: Sequence[str]) -> str | None:
+    root = storage.absolute(root)
+    expected = {storage.join(root, name) for name in beside}
+    for file in storage.list_files(root):
         # asked by name as well: a store's listing may show what is no longer there
-        if url not in expected and (storage.is_local(url) or storage.exists(url)):
-            return url
+        if file.url not in expected and (storage.is_local(file.url) or storage.exists(file.url)):
+            return file.url
     return None
 
 
-def same_plan(root: str, held: bytes, plan: Plan) -> Plan:
-    """The plan that is there; InputError, naming what differs, where another one is asked for."""
-    if held == plan.to_bytes():
+def same_plan(root: str, stored: bytes, plan: Plan) -> Plan:
+    """The plan that is stored at `root`; InputError where it differs from `plan`, naming in what."""
+    if stored == plan.to_bytes():
         return plan
     try:
-        there = json.loads(held)
-        there_plan = Plan.from_bytes(held)
+        there, there_plan = json.loads(stored), Plan.from_bytes(stored)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{storage.join(root, PLAN)} is not a plan of this format ({error!r}); choose another output, or "
             "bring back the plan that was there"
         ) from None
     asked = json.loads(plan.to_bytes())
-    ranges = ("first_id", "range_ids", "range_samples")
-    differing = differences(_without(there, ranges), _without(asked, ranges))
-    if any(there[key] != asked[key] for key in ranges):
+    keys = ("first_id", "range_ids", "range_samples")
+    ranges = [[value.pop(key) for key in keys] for value in (there, asked)]
+    differing = differences(there, asked)
+    if ranges[0] != ranges[1]:
         differing.append(f"id ranges: there {there_plan.ranges_in_words()}, asked {plan.ranges_in_words()}")
     if differing:
         shown = "; ".join(differing[:6]) + (f"; and {len(differing) - 6} more" if len(differing) > 6 else "")
@@ -133,10 +129,6 @@ def same_plan(root: str, held: bytes, plan: Plan) -> Plan:
             "repeat the inputs and settings it was begun with"
         )
     return there_plan
-
-
-def _without(value: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    return {key: entry for key, entry in value.items() if key not in keys}
 
 
 # ------------------------------------------------------------------------------------------------ receipts
@@ -169,8 +161,8 @@ def receipt_url(root: str, plan: Plan, item: Item) -> str:
 
 def receipt(root: str, plan: Plan, item: Item) -> Receipt | None:
     """The receipt of an item whose work is done: it exists, and so do its objects with their sizes."""
-    held = _read_receipt(root, plan, item)
-    return held if held is not None and _missing_object(root, held) is None else None
+    stored = _read_receipt(root, plan, item)
+    return stored if stored is not None and _has_objects(root, stored) else None
 
 
 def pending(root: str, plan: Plan) -> Iterator[Item]:
@@ -180,9 +172,8 @@ def pending(root: str, plan: Plan) -> Iterator[Item]:
     """
     if storage.exists(storage.join(root, MANIFEST)):
         return
-    for item, held in in_order(lambda item: (item, receipt(root, plan, item)), items(plan)):
-        if held is None:
-            yield item
+    looked_up = in_order(lambda item: (item, receipt(root, plan, item)), items(plan), CHECK_THREADS)
+    yield from (item for item, stored in looked_up if stored is None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -217,56 +208,53 @@ def commit(root: str, plan: Plan, item: Item, built: BuiltShard) -> Receipt:
     """Publish what was built for an item, then its receipt; returns the receipt that stands.
 
     Where another attempt was first and its objects are there, that one's receipt stands and nothing of it is
-    touched; what this attempt put is left for gc.
+    touched; what this attempt put is left for gc. Raises CommitError where the objects are not this item's.
     """
-    mine = describe(plan, item, built)
+    _check_belongs(plan, item, built)
+    mine = Receipt(plan=plan.fingerprint, shard=_shard_info(item, built), rejected=built.rejected)
     put_tar(root, mine, built)
     put_index(root, mine, built)
     put_rejects(root, mine, built)
     return create_receipt(root, plan, item, mine)
 
 
-def describe(plan: Plan, item: Item, built: BuiltShard) -> Receipt:
-    """The receipt that would stand for these objects. Raises CommitError where they are not this item's."""
-    _check_belongs(plan, item, built)
+def _shard_info(item: Item, built: BuiltShard) -> ShardInfo:
+    """The objects of a shard by the names that they are published under, sizes and hashes."""
+    tar_sha256 = tar_version = rejects = rejects_sha256 = None
     if built.foreign is not None:
-        tar, tar_bytes, tar_sha256, tar_version = (
-            built.foreign.url,
-            built.foreign.bytes,
-            None,
-            built.foreign.version,
-        )
+        tar, tar_bytes, tar_version = built.foreign.url, built.foreign.bytes, built.foreign.version
     elif built.pixels is not None:
         tar, tar_bytes, tar_sha256 = built.pixels.path, built.pixels.bytes, built.pixels.sha256
-        tar_version = None
     else:
         assert built.tar is not None
-        tar_bytes, tar_sha256, tar_version = len(built.tar), sha256_hex(built.tar), None
-        tar = f"shards/{item.name}-{tar_sha256[:8]}.tar"
+        tar_bytes, tar_sha256 = len(built.tar), sha256_hex(built.tar)
+        tar = _object("shards", item, tar_sha256)
     index_sha256 = sha256_hex(built.index)
-    rejects_sha256 = None if built.rejects is None else sha256_hex(built.rejects)
-    return Receipt(
-        plan=plan.fingerprint,
-        rejected=built.rejected,
-        shard=ShardInfo(
-            view=item.view,
-            number=item.number,
-            first_id=item.first_id,
-            end_id=item.end_id,
-            samples=built.samples,
-            rejected=sum(built.rejected.values()),
-            tar=tar,
-            tar_bytes=tar_bytes,
-            tar_sha256=tar_sha256,
-            tar_version=tar_version,
-            index=f"index/{item.name}-{index_sha256[:8]}.parquet",
-            index_bytes=len(built.index),
-            index_sha256=index_sha256,
-            rejects=None if rejects_sha256 is None else f"rejects/{item.name}-{rejects_sha256[:8]}.parquet",
-            rejects_bytes=None if built.rejects is None else len(built.rejects),
-            rejects_sha256=rejects_sha256,
-        ),
+    if built.rejects is not None:
+        rejects_sha256 = sha256_hex(built.rejects)
+        rejects = _object("rejects", item, rejects_sha256)
+    return ShardInfo(
+        view=item.view,
+        number=item.number,
+        first_id=item.first_id,
+        end_id=item.end_id,
+        samples=built.samples,
+        rejected=sum(built.rejected.values()),
+        tar=tar,
+        tar_bytes=tar_bytes,
+        tar_sha256=tar_sha256,
+        tar_version=tar_version,
+        index=_object("index", item, index_sha256),
+        index_bytes=len(built.index),
+        index_sha256=index_sha256,
+        rejects=rejects,
+        rejects_bytes=None if built.rejects is None else len(built.rejects),
+        rejects_sha256=rejects_sha256,
     )
+
+
+def _object(folder: Literal["shards", "index", "rejects"], item: Item, sha256: str) -> str:
+    return f"{folder}/{item.name}-{sha256[:8]}.{'tar' if folder == 'shards' else 'parquet'}"
 
 
 def put_tar(root: str, mine: Receipt, built: BuiltShard) -> None:
@@ -294,9 +282,9 @@ def create_receipt(root: str, plan: Plan, item: Item, mine: Receipt) -> Receipt:
     url = receipt_url(root, plan, item)
     if storage.create(url, mine.to_bytes()):
         return mine
-    held = receipt(root, plan, item)
-    if held is not None:
-        return held
+    stored = receipt(root, plan, item)
+    if stored is not None:
+        return stored
     storage.put(url, mine.to_bytes())
     return mine
 
@@ -328,46 +316,42 @@ def _read_receipt(root: str, plan: Plan, item: Item) -> Receipt | None:
     Such a one is named in a warning, and the item done again.
     """
     url = receipt_url(root, plan, item)
-    data = _read_or_none(url)
+    data = storage.read_or_none(url)
     if data is None:
         return None
     try:
-        held = Receipt.from_bytes(data)
-        if _belongs(held, plan, item):
-            return held
+        stored = Receipt.from_bytes(data)
+        if _belongs(stored, plan, item):
+            return stored
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     warnings.warn(f"{url} is not the receipt of {item.name} in this plan; it does not count", stacklevel=2)
     return None
 
 
-def _belongs(held: Receipt, plan: Plan, item: Item) -> bool:
+def _belongs(stored: Receipt, plan: Plan, item: Item) -> bool:
     """Whether a receipt is of this item, and its objects have the names that their hashes give them."""
-    shard = held.shard
-    theirs = (held.plan, shard.view, shard.number, shard.first_id, shard.end_id)
+    shard = stored.shard
+    theirs = (stored.plan, shard.view, shard.number, shard.first_id, shard.end_id)
     own_tar = plan.kind == "tokens" or (plan.kind == "images" and not shard.in_place)
     return (
         theirs == (plan.fingerprint, item.view, item.number, item.first_id, item.end_id)
-        and shard.index == f"index/{item.name}-{shard.index_sha256[:8]}.parquet"
-        and (not own_tar or shard.tar == f"shards/{item.name}-{(shard.tar_sha256 or '')[:8]}.tar")
-        and shard.rejects
-        == (shard.rejects_sha256 and f"rejects/{item.name}-{shard.rejects_sha256[:8]}.parquet")
+        and shard.index == _object("index", item, shard.index_sha256)
+        and (not own_tar or shard.tar == _object("shards", item, shard.tar_sha256 or ""))
+        and shard.rejects == (shard.rejects_sha256 and _object("rejects", item, shard.rejects_sha256))
     )
 
 
-def _missing_object(root: str, held: Receipt) -> str | None:
-    """The URL of an object that a receipt names and that is absent or has another size."""
-    shard = held.shard.resolved(root)
-    objects: list[tuple[str, int | None]] = [(shard.index, shard.index_bytes)]
+def _has_objects(root: str, stored: Receipt) -> bool:
+    """Whether the objects that a receipt names are there with their sizes, but for tars indexed in place."""
+    shard = stored.shard.resolved(root)
+    objects = [(shard.index, shard.index_bytes)]
     if not shard.in_place:
         objects.append((shard.tar, shard.tar_bytes))
     if shard.rejects is not None:
-        objects.append((shard.rejects, shard.rejects_bytes))
-    for url, num_bytes in objects:
-        found = storage.stat(url)
-        if found is None or found.bytes != num_bytes:
-            return url
-    return None
+        objects.append((shard.rejects, shard.rejects_bytes or 0))
+    stats = ((storage.stat(url), num_bytes) for url, num_bytes in objects)
+    return all(stat is not None and stat.bytes == num_bytes for stat, num_bytes in stats)
 
 
 # ------------------------------------------------------------------------------------------------ finish
@@ -384,21 +368,21 @@ def finish(root: str, plan: Plan, decode: Decode) -> Manifest:
     root = storage.absolute(root)
     if storage.exists(storage.join(root, MANIFEST)):
         return _finished_by(root, plan)
-    summary = collect(root, plan)
-    manifest = manifest_of(plan, summary, probes(root, plan, summary, decode))
-    put_table(root, manifest.table, summary.table)
+    totals = collect(root, plan)
+    manifest = manifest_of(plan, totals, probes(root, plan, totals, decode))
+    storage.put(storage.join(root, manifest.table.path), totals.table)
     return create_manifest(root, plan, manifest)
 
 
-def probes(root: str, plan: Plan, summary: Summary, decode: Decode) -> list[ProbeEntry]:
+def probes(root: str, plan: Plan, totals: PassTotals, decode: Decode) -> list[ProbeEntry]:
     """The decode probe of a complete pass; a code layer has none, the manifest of its pixels does."""
-    chosen = summary.probed if plan.kind != "codes" else []
+    chosen = totals.probed if plan.kind != "codes" else []
     return [entry for shard, rows in chosen for entry in probe_shard(shard.resolved(root), rows, decode)]
 
 
-def manifest_of(plan: Plan, summary: Summary, probe: Sequence[ProbeEntry]) -> Manifest:
+def manifest_of(plan: Plan, totals: PassTotals, probe: Sequence[ProbeEntry]) -> Manifest:
     """The manifest that follows from a plan and what its pass added up to."""
-    table_sha256 = sha256_hex(summary.table)
+    table_sha256 = sha256_hex(totals.table)
     return Manifest(
         kind=plan.kind,
         plan=plan.fingerprint,
@@ -406,22 +390,22 @@ def manifest_of(plan: Plan, summary: Summary, probe: Sequence[ProbeEntry]) -> Ma
         recipe=Recipe.from_json(plan.recipe.to_json()),
         first_view=plan.first_view,
         shards_per_view=plan.num_ranges,
-        written_per_view=tuple(summary.written_per_view),
-        samples_in=summary.samples_in,
-        samples_written=sum(summary.written_per_view),
-        samples_rejected=summary.rejected,
+        written_per_view=tuple(totals.written_per_view),
+        samples_in=totals.samples_in,
+        samples_written=sum(totals.written_per_view),
+        samples_rejected=totals.rejected,
         class_names=plan.class_names,
         tokenizer=plan.tokenizer,
         details=json.loads(canonical_json(plan.details)),
         probe=tuple(probe),
         table=TableName(
-            path=f"manifest-{table_sha256[:8]}.parquet", bytes=len(summary.table), sha256=table_sha256
+            path=f"manifest-{table_sha256[:8]}.parquet", bytes=len(totals.table), sha256=table_sha256
         ),
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Summary:
+class PassTotals:
     """What the receipts of a complete pass add up to; `probed` are shards with the rows to decode."""
 
     table: bytes
@@ -431,37 +415,35 @@ class Summary:
     probed: list[tuple[ShardInfo, list[int]]]
 
 
-def collect(root: str, plan: Plan, *, objects: bool = True) -> Summary:
+def collect(root: str, plan: Plan, *, objects: bool = True) -> PassTotals:
     """Read every receipt by its expected name and, unless told otherwise, ask for every object it names."""
-    look = receipt if objects else _read_receipt
+    read = receipt if objects else _read_receipt
     writer = TableWriter()
     written = [0] * plan.views
     rejected: Counter[str] = Counter()
     samples_in = 0
     undone: list[str] = []
-    num_undone = 0
     probed: list[tuple[ShardInfo, list[int]]] = []
-    foreign = ""
+    num_undone, last_tar = 0, ""
     probe_positions = _probe_positions(plan.num_items)
-    for position, (item, held) in enumerate(
-        in_order(lambda item: (item, look(root, plan, item)), items(plan))
-    ):
-        if held is None:
+    receipts = in_order(lambda item: (item, read(root, plan, item)), items(plan), CHECK_THREADS)
+    for position, (item, stored) in enumerate(receipts):
+        if stored is None:
             num_undone += 1
             undone = [*undone, item.name][:5]
             continue
-        shard = held.shard
-        if shard.samples + sum(held.rejected.values()) != item.samples:
+        shard, num_rejected = stored.shard, sum(stored.rejected.values())
+        if shard.samples + num_rejected != item.samples:
             raise CommitError(
-                f"{item.name}: {shard.samples} written and {sum(held.rejected.values())} rejected, "
-                f"but {item.samples} were read"
+                f"{item.name}: {shard.samples} written and {num_rejected} rejected, but "
+                f"{item.samples} were read"
             )
-        if objects and shard.in_place and shard.tar != foreign:  # ranges of one tar follow each other
+        if objects and shard.in_place and shard.tar != last_tar:  # ranges of one tar follow each other
             check_in_place(shard)
-            foreign = shard.tar
+            last_tar = shard.tar
         writer.append(shard)
         written[item.view - plan.first_view] += shard.samples
-        rejected.update(held.rejected)
+        rejected.update(stored.rejected)
         samples_in += item.samples
         rows = sorted({int(part * shard.samples) for part in probe_positions.get(position, ())})
         if rows and shard.samples:
@@ -471,18 +453,13 @@ def collect(root: str, plan: Plan, *, objects: bool = True) -> Summary:
             f"{num_undone} of {plan.num_items} shards of {root} are not done ({', '.join(undone)}"
             f"{', …' if num_undone > len(undone) else ''}); run the same command again to do what is missing"
         )
-    return Summary(
+    return PassTotals(
         table=writer.finish(),
         written_per_view=written,
         samples_in=samples_in,
         rejected=dict(sorted(rejected.items())),
         probed=probed,
     )
-
-
-def put_table(root: str, table: TableName, data: bytes) -> None:
-    """Publish the shard table under its hash name."""
-    storage.put(storage.join(root, table.path), data)
 
 
 def create_manifest(root: str, plan: Plan, manifest: Manifest) -> Manifest:
@@ -509,24 +486,3 @@ def _probe_positions(num_items: int) -> dict[int, list[float]]:
         number, rest = divmod(probe * num_items, PROBES)
         places.setdefault(number, []).append(rest / PROBES)
     return places
-
-
-def in_order(
-    function: Callable[[_In], _Out], values: Iterable[_In], num_threads: int = CHECK_THREADS
-) -> Iterator[_Out]:
-    """Results in the order of `values`, computed by a few threads that run a little ahead."""
-    with ThreadPoolExecutor(num_threads) as pool:
-        ahead: deque[Future[_Out]] = deque()
-        for value in values:
-            ahead.append(pool.submit(function, value))
-            if len(ahead) > 4 * num_threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-def _read_or_none(url: str) -> bytes | None:
-    try:
-        return storage.read(url)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
