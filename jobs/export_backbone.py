@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import safetensors.torch
@@ -27,7 +27,7 @@ from pretrain.model.artifacts import (
 )
 from pretrain.model.backbone import BackboneConfig
 from pretrain.model.classifier import ClassifierConfig
-from pretrain.model.export import model_card, to_timm, to_transformers, vision_model
+from pretrain.model.export import Exported, model_card, to_timm, to_transformers, vision_model
 from pretrain.model.official import at_image_size, official_finetuning, official_pretraining
 from tokenizer.model.artifact import TokenizerArtifact, load_vqkd, read_tokenizer
 from tokenizer.model.official import official_vqkd
@@ -36,10 +36,14 @@ KINDS = ("backbone", "classifier", "tokenizer")
 
 Layout = Literal["pretraining", "finetuning"]
 
-_PAPER = "[arXiv 2208.06366](https://arxiv.org/abs/2208.06366)"
-_LAYOUTS = {
-    "pretraining": "one position table for all blocks, with the pretraining heads",
-    "finetuning": "a position table in every block, as for fine-tuning",
+_PAPER = "BEiT v2 ([arXiv 2208.06366](https://arxiv.org/abs/2208.06366))"
+_TEXTS = {
+    "backbone": f"A vision Transformer, pretrained as {_PAPER} by predicting the visual tokens of masked "
+    "patches. In the published layouts: `pretraining` has one position table for all blocks, with the "
+    "pretraining heads, `finetuning` a position table in every block.",
+    "classifier": f"A vision Transformer, pretrained as {_PAPER}, then fine-tuned to classify images.",
+    "tokenizer": f"Turns an image, with values from -1 to 1, into a grid of the discrete codes of {_PAPER}. "
+    "In the layout of the published `vqkd_encoder_*_decoder_*` files.",
 }
 
 
@@ -65,22 +69,6 @@ class ExportConfig:
     """official, of a backbone: write this layout only; null writes both."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """Files of one export; bytes are made one file after the other, since each may be a gigabyte."""
-
-    states: Mapping[str, Mapping[str, Tensor]]
-    """Weights by file name without its ending."""
-    text: str
-    """Sentence of the model card: what the model is."""
-    loading: str
-    """Python that loads it; `FOLDER` stands for where the files are."""
-    library: str | None = None
-    """Library of the hub's vocabulary; None for the official layouts, which are written as .pth, too."""
-    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """JSON by file name."""
-
-
 def main(config: ExportConfig) -> None:
     """Everything is read and converted before the first byte is written; the model card comes last."""
     url, output = storage.absolute(config.backbone), storage.absolute(config.output)
@@ -90,13 +78,13 @@ def main(config: ExportConfig) -> None:
     match kind:
         case "backbone":
             header = read_backbone_header(url)
-            export = _export(url, header, backbone_config(header["config"]), config)
+            exported = _exported(url, header, backbone_config(header["config"]), config)
         case "classifier":
             header = read_classifier_header(url)
-            export = _export(url, header, classifier_config(header["config"]), config)
+            exported = _exported(url, header, classifier_config(header["config"]), config)
         case "tokenizer":
             artifact = read_tokenizer(url)
-            header, export = artifact.header, _export_tokenizer(artifact, config)
+            header, exported = artifact.header, _exported_tokenizer(artifact, config)
         case _:
             raise InputError(
                 f"no finished backbone, classifier or tokenizer at {url}; give the --output of a finished run"
@@ -104,66 +92,49 @@ def main(config: ExportConfig) -> None:
     asked = {"format": config.format, "image_size": config.image_size, "layout": config.layout}
     inputs = {kind: header["fingerprint"]}
     artifacts.claim(output, {"job": "export_backbone", "config": asked, "inputs": inputs})
-    for name, data in _files(export):
+    for name, data in _files(exported):
         storage.put(storage.join(output, name), data)
         print(f"{storage.join(output, name)}: {len(data):,} bytes", flush=True)
     task = "image-classification" if kind == "classifier" else "image-feature-extraction"
-    front = {**({"library_name": export.library} if export.library else {}), "pipeline_tag": task}
-    loading = export.loading.replace("FOLDER", storage.name(output))
-    card = model_card(f"BEiT v2 {kind}", export.text, loading, front, header)
+    front = {**({"library_name": exported.library} if exported.library else {}), "pipeline_tag": task}
+    loading = exported.loading.replace("FOLDER", storage.name(output))
+    card = model_card(f"BEiT v2 {kind}", _TEXTS[kind], loading, front, header)
     storage.put(storage.join(output, "README.md"), card.encode())
-    print(
-        f"{storage.join(output, 'README.md')}: the model card\n\n{export.loading.replace('FOLDER', output)}"
-    )
+    print(f"{storage.join(output, 'README.md')}: the model card")
+    print(f"\n{exported.loading.replace('FOLDER', output)}")
 
 
-def _export(
+def _exported(
     url: str, header: Mapping[str, Any], shape: BackboneConfig | ClassifierConfig, config: ExportConfig
-) -> Export:
+) -> Exported:
     """A backbone or classifier in the format that is asked for."""
-    tensors, names = read_weights(url, header), header.get("class_names")
-    finetuned = ", then fine-tuned to classify images" if isinstance(shape, ClassifierConfig) else ""
-    text = (
-        f"A vision Transformer, pretrained as BEiT v2 ({_PAPER}) by predicting the visual tokens of masked "
-    )
-    text += f"patches{finetuned}."
-    if config.format == "official":
-        backbone = shape.backbone if isinstance(shape, ClassifierConfig) else shape
-        tensors, backbone = at_image_size(tensors, backbone, config.image_size)
-        states: dict[str, dict[str, Tensor]] = {}
-        if config.layout != "finetuning" and header.get("mim") is not None:
-            states["pretraining"] = official_pretraining(tensors, backbone)
-        if config.layout != "pretraining":
-            states["finetuning"] = official_finetuning(tensors, backbone)
-        if not states:
-            raise InputError(
-                "the backbone has no pretraining heads, as the pretraining layout needs; "
-                "take layout finetuning"
-            )
-        files = " and ".join(f"`{name}` ({_LAYOUTS[name]})" for name in states)
-        text = f"{text} In the published layout: {files}."
-        return Export(states=states, text=text, loading=_official_loading(next(iter(states))))
-    model = vision_model(tensors, shape, class_names=names, image_size=config.image_size)
-    exported = to_timm(model) if config.format == "timm" else to_transformers(model)
-    return Export(
-        states={"model": exported.tensors},
-        text=text,
-        loading=exported.loading,
-        library=config.format,
-        configs=exported.configs,
-    )
+    tensors = read_weights(url, header)
+    if config.format != "official":
+        names = header.get("class_names")
+        model = vision_model(tensors, shape, class_names=names, image_size=config.image_size)
+        return to_timm(model) if config.format == "timm" else to_transformers(model)
+    backbone = shape.backbone if isinstance(shape, ClassifierConfig) else shape
+    tensors, backbone = at_image_size(tensors, backbone, config.image_size)
+    states: dict[str, dict[str, Tensor]] = {}
+    if config.layout != "finetuning" and header.get("mim") is not None:
+        states["pretraining"] = official_pretraining(tensors, backbone)
+    if config.layout != "pretraining":
+        states["finetuning"] = official_finetuning(tensors, backbone)
+    if not states:
+        raise InputError(
+            "the backbone has no pretraining heads, as the pretraining layout needs; take layout finetuning"
+        )
+    return Exported(states=states, loading=_official_loading(next(iter(states))))
 
 
-def _export_tokenizer(artifact: TokenizerArtifact, config: ExportConfig) -> Export:
+def _exported_tokenizer(artifact: TokenizerArtifact, config: ExportConfig) -> Exported:
     if config.format != "official" or config.image_size is not None:
         raise InputError(
             f"{artifact.url} is a tokenizer, which has the official format and its own image size only; "
             "take --format official without --image_size"
         )
-    text = f"Turns an image, with values from -1 to 1, into a grid of discrete codes ({_PAPER}). "
-    text += "In the layout of the published `vqkd_encoder_*_decoder_*` files."
     states = {"tokenizer": official_vqkd(load_vqkd(artifact).state_dict())}
-    return Export(states=states, text=text, loading=_official_loading("tokenizer"))
+    return Exported(states=states, loading=_official_loading("tokenizer"))
 
 
 def _official_loading(name: str) -> str:
@@ -174,15 +145,15 @@ def _official_loading(name: str) -> str:
     )
 
 
-def _files(export: Export) -> Iterator[tuple[str, bytes]]:
-    for name, state in export.states.items():
+def _files(exported: Exported) -> Iterator[tuple[str, bytes]]:
+    for name, state in exported.states.items():
         tensors = {key: tensor.contiguous() for key, tensor in state.items()}
         yield f"{name}.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"})
-        if export.library is None:
+        if exported.library is None:
             buffer = io.BytesIO()
             torch.save({"model": tensors}, buffer)
             yield f"{name}.pth", buffer.getvalue()
-    for name, value in export.configs.items():
+    for name, value in exported.configs.items():
         yield name, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
 
 

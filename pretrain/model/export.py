@@ -9,7 +9,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -72,14 +72,16 @@ class VisionModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """Files for another library, and how they are loaded there."""
+    """Files for another program, and how they are loaded there."""
 
-    tensors: dict[str, Tensor]
-    """Weights under that library's names."""
-    configs: dict[str, dict[str, Any]]
-    """JSON files by name."""
+    states: Mapping[str, Mapping[str, Tensor]]
+    """Weights under that program's names, by file name without its ending."""
     loading: str
     """Python that loads the model; `FOLDER` stands for where the files are."""
+    library: str | None = None
+    """Library of the hub's vocabulary; None for the official layouts."""
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """JSON files by name."""
 
 
 def vision_model(
@@ -149,7 +151,12 @@ def to_timm(model: VisionModel) -> Exported:
     loading = 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n' + (
         "logits = model(pixels)" if num_classes else "tokens = model.forward_features(pixels)"
     )
-    return Exported(tensors=model.tensors, configs={"config.json": description}, loading=loading)
+    return Exported(
+        states={"model": model.tensors},
+        configs={"config.json": description},
+        library="timm",
+        loading=loading,
+    )
 
 
 # ----------------------------------------------------------------------------------------------- transformers
@@ -205,8 +212,9 @@ def to_transformers(model: VisionModel) -> Exported:
         "logits = model(pixels).logits" if num_classes else "tokens = model(pixels).last_hidden_state"
     )
     return Exported(
-        tensors=_transformers_names(model, "beit." if num_classes else ""),
+        states={"model": _transformers_names(model, "beit." if num_classes else "")},
         configs={"config.json": description, "preprocessor_config.json": preprocessing},
+        library="transformers",
         loading=loading,
     )
 

@@ -56,7 +56,7 @@ def timm_model(exported: VisionModel) -> nn.Module:
     config = to_timm(exported).configs["config.json"]
     arguments = {**config["model_args"], "num_classes": config["num_classes"]}
     model = timm.create_model(config["architecture"], **arguments)
-    model.load_state_dict(to_timm(exported).tensors, strict=True)
+    model.load_state_dict(to_timm(exported).states["model"], strict=True)
     return model.eval()
 
 
@@ -93,7 +93,7 @@ def test_the_published_sizes_are_timms_by_name(size: str, num_blocks: int, num_c
             exported = to_timm(vision_model(MIM(config, MIMConfig(), 8192).state_dict(), config))
             theirs = timm.create_model(f"beitv2_{size}_patch16_224", num_classes=0, global_pool="token")
     assert exported.configs["config.json"]["architecture"] == f"beitv2_{size}_patch16_224"
-    ours = {key: tensor.shape for key, tensor in exported.tensors.items()}
+    ours = {key: tensor.shape for key, tensor in exported.states["model"].items()}
     assert ours == {key: tensor.shape for key, tensor in theirs.state_dict().items()}
     assert sum(key.endswith("bias_table") for key in ours) == num_blocks
 
@@ -111,7 +111,7 @@ def transformers_model(exported: VisionModel) -> nn.Module:
     model, told = kind.from_pretrained(
         None,
         config=transformers.BeitConfig.from_dict(description),
-        state_dict=dict(found.tensors),
+        state_dict=dict(found.states["model"]),
         output_loading_info=True,
     )
     assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
