@@ -177,9 +177,8 @@ class Likeness:
         progress = Progress("comparing patches", len(sample.places), "crops")
         for first in range(0, len(sample.places), CHUNK):
             places = sample.places[first : first + CHUNK]
-            self.add(
-                first, np.stack(list(in_order(lambda place: decode_crop(place.read()), places, READ_THREADS)))
-            )
+            crops = in_order(lambda place: decode_crop(place.read()), places, READ_THREADS)
+            self.add(first, np.stack(list(crops)))
             progress.update(len(places))
         progress.close()
 
@@ -340,12 +339,11 @@ def _classes(counts: CodeCounts, slot: int) -> tuple[ClassShare, ...]:
     if patches.sum() == 0:
         return ()
     shares, all_shares = patches / patches.sum(), counts.class_patches / counts.class_patches.sum()
-    top = [
-        label for label in np.argsort(-patches, kind="stable")[:TOP_CLASSES].tolist() if patches[label] > 0
-    ]
+    top = np.argsort(-patches, kind="stable")[:TOP_CLASSES].tolist()
     return tuple(
         ClassShare(label=label, share=float(shares[label]), lift=float(shares[label] / all_shares[label]))
         for label in top
+        if patches[label] > 0
     )
 
 
