@@ -67,7 +67,7 @@ def pretrain_mim(config: PretrainConfig) -> None:
     with _reader(config, source, Worker()) as reader:
         # The order belongs to the run: with another cache it goes on at the next unseen sample too.
         config = replace(config, lanes=reader.lanes, window=reader.window)
-    if not claim_output(config, "pretrain_mim", BACKBONE, source.inputs, may_change=("config.batch_size",)):
+    if not claim_output(config, "pretrain_mim", BACKBONE, source.inputs):
         return
     run_training(_train, config, config.cluster)
     header = read_backbone_header(output)

@@ -60,7 +60,7 @@ def train_tokenizer(config: TokenizerTrainConfig) -> None:
     with _reader(config, images, Worker()) as reader:
         # The order belongs to the run: with another cache it goes on at the next unseen sample too.
         config = dataclasses.replace(config, lanes=reader.lanes, window=reader.window)
-    if not claim_output(config, "train_tokenizer", "tokenizer", inputs, may_change=("config.batch_size",)):
+    if not claim_output(config, "train_tokenizer", "tokenizer", inputs):
         return
     run_training(_train, config, config.cluster)
     header = read_header(output, "tokenizer")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Iterable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -84,26 +85,24 @@ class CheckpointStore:
         With a worker all ranks call, and RuntimeError names those that found another one.
         """
         self.wait()
-        loaded = (self._load(name) for name in reversed(self._stems()))
-        found = next((checkpoint for checkpoint in loaded if checkpoint is not None), None)
+        newest = self._first_sound(reversed(self._stems()))
         if worker is not None:
-            state = TrainState(epoch=-1, position=-1, step=-1) if found is None else found[0]
+            state = TrainState(epoch=-1, position=-1, step=-1) if newest is None else newest[0]
             place = (state.epoch, state.position, state.step)
             worker.require_same(f"epoch, position, step of {self._folder}", *place)
-        return found
+        return newest
 
     def best(self) -> tuple[TrainState, dict[str, Any]] | None:
         """The undamaged checkpoint with the lowest score; None when none has one."""
         self.wait()
         records = {name: record for name in self._stems() if (record := self._record(name)) is not None}
-        loaded = (self._load(name) for name in _by_score(records))
-        return next((checkpoint for checkpoint in loaded if checkpoint is not None), None)
+        return self._first_sound(_by_score(records))
 
     def clear(self) -> None:
         """Remove all of them: a finished run needs none."""
         self.wait()
-        for found in list(storage.list_files(self._folder)):
-            storage.remove(found.url)
+        for file in list(storage.list_files(self._folder)):
+            storage.remove(file.url)
 
     def _publish(self, state: TrainState, tensors: dict[str, Any], score: float | None) -> None:
         buffer = io.BytesIO()
@@ -128,9 +127,13 @@ class CheckpointStore:
                 storage.remove(self._url(name, "json"))
                 storage.remove(self._url(name, "pt"))
 
+    def _first_sound(self, names: Iterable[str]) -> tuple[TrainState, dict[str, Any]] | None:
+        loaded = (self._load(name) for name in names)
+        return next((checkpoint for checkpoint in loaded if checkpoint is not None), None)
+
     def _load(self, name: str) -> tuple[TrainState, dict[str, Any]] | None:
         record = self._record(name)
-        data = b"" if record is None else _read_or_empty(self._url(name, "pt"))
+        data = (storage.read_or_none(self._url(name, "pt")) or b"") if record is not None else b""
         if record is None or len(data) != record["bytes"] or sha256_hex(data) != record["sha256"]:
             state = "unfinished or damaged" if record is None else "damaged"
             print(f"warning: checkpoint {name} in {self._folder} is {state} and passed over", flush=True)
@@ -142,7 +145,7 @@ class CheckpointStore:
     def _record(self, name: str) -> dict[str, Any] | None:
         """The header of a checkpoint; None where there is none, or half of one."""
         try:
-            record = json.loads(_read_or_empty(self._url(name, "json")))
+            record = json.loads(storage.read_or_none(self._url(name, "json")) or b"")
         except ValueError:
             return None
         return record if isinstance(record, dict) and record.keys() >= _HEADER else None
@@ -155,8 +158,8 @@ class CheckpointStore:
 
     def _stems(self) -> list[str]:
         """Names of what is there, finished or not, oldest first."""
-        found = [storage.name(file.url).rpartition(".") for file in storage.list_files(self._folder)]
-        return sorted({stem for stem, _, extension in found if extension in ("pt", "json")})
+        names = [storage.name(file.url).rpartition(".") for file in storage.list_files(self._folder)]
+        return sorted({stem for stem, _, extension in names if extension in ("pt", "json")})
 
 
 def _copied(value: Any) -> Any:
@@ -174,10 +177,3 @@ def _by_score(records: dict[str, dict[str, Any]]) -> list[str]:
     """Names of those that have a score, the best first, among equals the oldest."""
     scored = [name for name in sorted(records) if "score" in records[name]]
     return sorted(scored, key=lambda name: records[name]["score"])
-
-
-def _read_or_empty(url: str) -> bytes:
-    try:
-        return storage.read(url)
-    except FileNotFoundError:
-        return b""

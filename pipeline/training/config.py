@@ -58,23 +58,17 @@ def resolve(config: ConfigT, *kept: str) -> ConfigT:
 
 
 def claim_output(
-    config: TrainingConfig,
-    job: str,
-    artifact: str,
-    inputs: Mapping[str, str],
-    *,
-    may_change: tuple[str, ...] = (),
+    config: TrainingConfig, job: str, artifact: str, inputs: Mapping[str, str], *, fixed_batch: bool = False
 ) -> bool:
     """Take `config.output` for this run; False, said aloud, where its artifact is finished already.
 
-    `inputs` are fingerprints. InputError where the output belongs to a run of other settings or inputs.
+    `inputs` are fingerprints. InputError where the output belongs to a run of other settings or inputs; but
+    for `fixed_batch`, an unfinished one may go on with another batch size.
     """
     finished = read_header(config.output, artifact) is not None
     run = {"job": job, "config": identity(config), "inputs": dict(inputs)}
-    claim(config.output, run, may_change=may_change, finished=finished)
+    claim(config.output, run, may_change=() if fixed_batch else ("config.batch_size",), finished=finished)
     if finished:
-        print(
-            f"{config.output} is finished already, with the same settings and inputs: nothing to do",
-            flush=True,
-        )
+        message = f"{config.output} is finished already, with the same settings and inputs: nothing to do"
+        print(message, flush=True)
     return not finished

@@ -39,13 +39,10 @@ class Progress:
         """Count n more, and print a line when it is time."""
         self.done += n
         if time.monotonic() - self._printed >= self.every_s:
-            self._print(figures)
+            self.close(**figures)
 
     def close(self, **figures: float | int | str) -> None:
-        """Print the last line."""
-        self._print(figures)
-
-    def _print(self, figures: dict[str, float | int | str]) -> None:
+        """Print a line, the last one in any case."""
         self._printed = time.monotonic()
         rate = (self.done - self._first) / max(self.elapsed_s, 1e-9)
         left_s = (self.total - self.done) / rate if rate > 0 else float("inf")
@@ -53,11 +50,10 @@ class Progress:
         parts = [
             f"{self.what}: {self.done:,}/{self.total:,} {self.unit} ({percent:.0f} %)",
             f"{rate:,.1f} {self.unit}/s",
+            f"ETA {duration(left_s)}" if self.done < self.total else f"in {duration(self.elapsed_s)}",
         ]
-        parts.append(
-            f"ETA {duration(left_s)}" if self.done < self.total else f"in {duration(self.elapsed_s)}"
-        )
-        parts += [f"{key} {_figure(value)}" for key, value in figures.items()]
+        for key, value in figures.items():
+            parts.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
         print(", ".join(parts), flush=True)
 
 
@@ -129,12 +125,5 @@ class MetricsLog:
 
 def read_metrics(output: str, file: str = METRICS_FILE) -> list[dict[str, float | int | str]]:
     """The records of a run, oldest first; empty when there are none."""
-    try:
-        data = storage.read(storage.join(output, file))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    data = storage.read_or_none(storage.join(output, file)) or b""
     return [json.loads(line) for line in data.splitlines() if line]
-
-
-def _figure(value: float | int | str) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -30,7 +30,7 @@ class RunningMeans:
         self._everywhere = torch.zeros_like(self._here)
 
     def add(self, weight: float, **values: Tensor) -> None:
-        """Count each value `weight` times (its number of samples, say). Does not wait for the device."""
+        """Count each value `weight` times, its number of samples. Does not wait for the device."""
         self.add_sums(weight, **{name: value.detach().double() * weight for name, value in values.items()})
 
     def add_sums(self, weight: float, **sums: Tensor) -> None:

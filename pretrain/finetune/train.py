@@ -73,7 +73,7 @@ def finetune_classifier(config: FinetuneConfig) -> None:
     start = _start(run)
     _train_reader(config, train, start, Worker()).close()
     inputs = _inputs(train, val, start)
-    if not claim_output(config, "finetune_classifier", CLASSIFIER, inputs, may_change=("config.batch_size",)):
+    if not claim_output(config, "finetune_classifier", CLASSIFIER, inputs):
         return
     run_training(_train, run, config.cluster)
     header = read_header(output, CLASSIFIER)

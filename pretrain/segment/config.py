@@ -126,13 +126,10 @@ class SegmentationConfig(TrainingConfig):
     log_every_steps: int = field(default=50, metadata=ASIDE)
 
     def __post_init__(self) -> None:
-        counts = (self.num_classes, self.steps, self.batch_size, self.log_every_steps)
-        threads = (self.decode_threads, self.check_threads, self.evaluate_every_steps or 1)
-        if min(*counts, *threads) < 1 or min(self.seed, self.num_pictures) < 0:
-            raise InputError(
-                "num_classes, steps, batch_size, log_every_steps, evaluate_every_steps, decode_threads and "
-                "check_threads must be at least 1, seed and num_pictures at least 0"
-            )
+        self.require_positive("num_classes", "steps", "batch_size", "micro_batch_size", "log_every_steps")
+        self.require_positive("evaluate_every_steps", "decode_threads", "check_threads")
+        if min(self.seed, self.num_pictures) < 0:
+            raise InputError("seed and num_pictures must be at least 0")
         if self.init == "backbone" and self.backbone is None:
             raise InputError("give --backbone, the output of pretrain_mim, or --init scratch")
         if self.class_names is not None and len(self.class_names) != self.num_classes:
@@ -148,8 +145,6 @@ class SegmentationConfig(TrainingConfig):
                 f"window_stride is {self.window_stride}; give 1 to crops.size {self.crops.size} pixels"
             )
         share = self.batch_size // workers
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise InputError(f"micro_batch_size is {self.micro_batch_size}; give 1 or more")
         if workers * (share // self.num_passes(share)) < 2:
             raise InputError(
                 f"batch_size {self.batch_size} and micro_batch_size {self.micro_batch_size} leave single "

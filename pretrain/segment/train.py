@@ -67,7 +67,7 @@ def finetune_segmentation(config: SegmentationConfig) -> Score:
         print(f"warning: no training pixel is labelled {', '.join(unseen)}", flush=True)
 
     inputs = {**start.inputs, "train": checked.fingerprint, "val": checked_val.fingerprint}
-    if claim_output(config, "finetune_segmentation", ARTIFACT, inputs):
+    if claim_output(config, "finetune_segmentation", ARTIFACT, inputs, fixed_batch=True):
         run_training(_train, _Run(config=config, inputs=inputs), config.cluster)
     score = Score.from_json(read_segmentation_header(output)["result"])
     print(f"{score.table(names)}\nmIoU {score.miou:.4f}", flush=True)

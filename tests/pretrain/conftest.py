@@ -28,6 +28,11 @@ def token_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
         views=2,
         tokenizer=spec,
     )
+    return write_tokens(root, plan)
+
+
+def write_tokens(root: str, plan: Plan) -> str:
+    """Write all shards of a plan, and return the root."""
     start(root, plan)
     for item in pending(root, plan):
         samples = [_sample(sample_id, item.view) for sample_id in range(item.first_id, item.end_id)]

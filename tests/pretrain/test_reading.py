@@ -1,12 +1,12 @@
-"""What stage two reads: several datasets, a frozen subset, and an order that belongs to the run."""
+"""What stage two reads: several datasets, a frozen subset, and an order and views that belong to the run."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pipeline.cluster.config import ClusterConfig
@@ -17,40 +17,11 @@ from pretrain.model.backbone import BackboneSize
 from pretrain.model.mim import MIMConfig, PatchAggregationConfig
 from pretrain.train import pretrain_mim
 from shards.dataset.corpus import SubsetConfig
+from shards.dataset.dataset import open_dataset, views_url
 from shards.dataset.parts import read_plan
-from shards.format.build import build_shard
-from shards.format.records import StoredSample
-from shards.pixels.views import CropBox, decode_crop, encode_crop
+from shards.format.manifest import read_manifest
 from shards.reader.figures import READER_FILE
-from shards.writer.commit import commit, finish, pending, start
-
-
-@pytest.fixture
-def more_shards(token_shards: str, tmp_path: Path) -> str:
-    """A second dataset of the same tokenizer and recipe: 40 grey crops in two views."""
-    root, plan = str(tmp_path / "more"), read_plan(token_shards)
-    assert plan is not None
-    plan = dataclasses.replace(plan, inputs={**plan.inputs, "images": "others"})
-    start(root, plan)
-    for item in pending(root, plan):
-        samples = [
-            StoredSample(
-                sample_id=sample_id,
-                view=item.view,
-                image=encode_crop(np.full((32, 32, 3), 6 * sample_id, np.uint8), 95),
-                extension="jpg",
-                source=f"{sample_id}.png",
-                source_width=32,
-                source_height=32,
-                label=None,
-                crop=CropBox(top=0, left=0, height=32, width=32),
-                codes=np.zeros((4, 4), np.uint16),
-            )
-            for sample_id in range(item.first_id, item.end_id)
-        ]
-        commit(root, plan, item, build_shard(samples, [], grid=(4, 4), codebook_size=8))
-    finish(root, plan, decode_crop)
-    return root
+from tests.pretrain.conftest import write_tokens
 
 
 def config_of(shards: str, output: Path, **how: object) -> PretrainConfig:
@@ -68,8 +39,12 @@ def config_of(shards: str, output: Path, **how: object) -> PretrainConfig:
 
 
 def test_several_datasets_train_one_backbone(
-    token_shards: str, more_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    token_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    plan = read_plan(token_shards)
+    assert plan is not None
+    others = dataclasses.replace(plan, inputs={**plan.inputs, "images": "others"})
+    more_shards = write_tokens(str(tmp_path / "more"), others)
     pretrain_mim(config_of(f"{token_shards},{more_shards}", tmp_path / "out"))
     said = capsys.readouterr().out
     assert "80 samples, 1 epochs of 10 steps" in said
@@ -96,3 +71,25 @@ def test_a_subset_and_the_order_belong_to_the_run(token_shards: str, tmp_path: P
     moved.write_text("1\n2\n3\n4\n5\n6\n7\n8\n")
     with pytest.raises(InputError, match=r"inputs\.shards"):
         pretrain_mim(dataclasses.replace(config, subset=SubsetConfig(ids=str(moved))))
+
+
+def test_a_run_keeps_to_the_views_it_began_with(
+    token_shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A dataset may grow while it is trained on (FORMAT.md, Views)."""
+    tokens = shutil.copytree(token_shards, str(tmp_path / "tokens"))
+    config = config_of(tokens, tmp_path / "out", batch_size=20)
+    pretrain_mim(config)
+    plan = read_plan(tokens)
+    assert plan is not None
+    inputs = {**plan.inputs, "base": read_manifest(tokens).fingerprint}
+    write_tokens(views_url(tokens, 2), dataclasses.replace(plan, inputs=inputs, first_view=2, views=1))
+    assert open_dataset(tokens).num_views == 3
+
+    capsys.readouterr()
+    pretrain_mim(config)
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"config\.stored_views: there 2, asked 3"):
+        pretrain_mim(dataclasses.replace(config, stored_views=3))
+    with pytest.raises(InputError, match="no finished code layer 12345678"):
+        pretrain_mim(dataclasses.replace(config, codes="12345678"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,15 +52,9 @@ def tokenizer_config(image_shards: str) -> Callable[..., TokenizerTrainConfig]:
     """`tokenizer_config(output, …)`: seconds of training on a 4 x 4 grid."""
 
     def make(
-        output: Path | str,
-        *,
-        epochs: int = 2,
-        micro_batch_size: int | None = None,
-        num_workers: int = 0,
-        address: str | None = None,
-        checkpoint_every_s: float = 600.0,
+        output: Path | str, *, num_workers: int = 0, address: str | None = None, **changes: Any
     ) -> TokenizerTrainConfig:
-        return TokenizerTrainConfig(
+        config = TokenizerTrainConfig(
             images=image_shards,
             val_images=image_shards,
             output=str(output),
@@ -74,13 +70,12 @@ def tokenizer_config(image_shards: str) -> Callable[..., TokenizerTrainConfig]:
             ),
             views=ViewPolicy(scale=(0.5, 1.0), views_per_image=0),
             optim=OptimConfig(peak_lr=1e-3, betas=(0.9, 0.99), warmup_epochs=0.5, clip_grad_norm=None),
-            epochs=epochs,
+            epochs=2,
             batch_size=8,
-            micro_batch_size=micro_batch_size,
             log_every_steps=1,
-            checkpoint_every_s=checkpoint_every_s,
             cluster=ClusterConfig(num_workers=num_workers, address=address),
         )
+        return dataclasses.replace(config, **changes)
 
     return make
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,21 +65,13 @@ def make_config(shapes: Path) -> Make:
     """`make_config(output, …)`: seconds of training."""
 
     def make(
-        output: Path | str,
-        *,
-        backbone: str | None = None,
-        root: Path = shapes,
-        steps: int = 8,
-        peak_lr: float = 3e-3,
-        checkpoint_every_s: float = 600.0,
-        log_every_steps: int = 1,
-        micro_batch_size: int | None = None,
+        output: Path | str, *, backbone: str | None = None, peak_lr: float = 3e-3, **changes: Any
     ) -> SegmentationConfig:
-        return SegmentationConfig(
-            train_images=str(root / "train" / "images"),
-            train_labels=str(root / "train" / "labels"),
-            val_images=str(root / "val" / "images"),
-            val_labels=str(root / "val" / "labels"),
+        config = SegmentationConfig(
+            train_images=str(shapes / "train" / "images"),
+            train_labels=str(shapes / "train" / "labels"),
+            val_images=str(shapes / "val" / "images"),
+            val_labels=str(shapes / "val" / "labels"),
             num_classes=2,
             reduce_zero_label=True,
             class_names=("ground", "box"),
@@ -91,14 +84,13 @@ def make_config(shapes: Path) -> Make:
             head=UperNetConfig(channels=16, auxiliary_channels=8),
             crops=CropPolicy(size=32, short_side=44, ratio_range=(0.7, 1.4)),
             optim=PolyOptimConfig(peak_lr=peak_lr, warmup_steps=3, layer_decay=0.9),
-            steps=steps,
+            steps=8,
             batch_size=4,
-            micro_batch_size=micro_batch_size,
             num_pictures=2,
-            log_every_steps=log_every_steps,
-            checkpoint_every_s=checkpoint_every_s,
+            log_every_steps=1,
             cluster=ClusterConfig(num_workers=0),
         )
+        return dataclasses.replace(config, **changes)
 
     return make
 
@@ -320,7 +312,7 @@ def test_backbone_weights_are_taken_over_with_tables_at_the_size_of_the_crop(
         ({"batch_size": 6, "micro_batch_size": 1}, "batch norm needs two"),
         ({"batch_size": 4, "cluster": ClusterConfig(num_workers=3)}, "does not divide by 3 workers"),
         ({"window_stride": 33}, "window_stride is 33"),
-        ({"steps": 0}, "at least 1"),
+        ({"steps": 0}, "steps is 0; give 1 or more"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(
