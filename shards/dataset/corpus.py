@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import functools
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline import storage
 from pipeline.artifacts import differences, fingerprint, sha256_hex
 from pipeline.config import URL
 from pipeline.errors import InputError
+from pipeline.threads import in_order
 from shards.dataset.dataset import Dataset, open_dataset
 from shards.format.manifest import Kind, Manifest, ShardInfo
 from shards.format.records import MAX_SAMPLE_ID, sample_key
@@ -84,7 +86,12 @@ def open_corpus(
         for url, dataset in zip(places, datasets, strict=True)
     ]
     _require_one_kind(datasets)
-    return Corpus(datasets, None if whole or subset is None else _chosen(datasets, subset))
+    choice = None
+    if subset is not None and subset.ids is not None:
+        choice = _listed(datasets, subset.ids)
+    elif subset is not None and subset.labels is not None:
+        choice = _labelled(datasets, subset.labels)
+    return Corpus(datasets, choice)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -154,24 +161,21 @@ class Corpus(Dataset):
         asked = None if columns is None else sorted({*columns, "sample_id"})
         table = dataset.read_index(view, local, asked)
         ids = table.column("sample_id").to_numpy() + number * MAX_SAMPLE_ID
-        place = table.schema.get_field_index("sample_id")
-        table = table.set_column(place, table.schema.field("sample_id"), pa.array(ids, pa.int64()))
+        table = _with_column(table, "sample_id", pa.array(ids, pa.int64()))
         if not self._same_classes and "label" in table.schema.names:
-            place = table.schema.get_field_index("label")
-            nothing = pa.nulls(table.num_rows, pa.int32())
-            table = table.set_column(place, table.schema.field("label"), nothing)
+            table = _with_column(table, "label", pa.nulls(table.num_rows, pa.int32()))
         if self.choice is not None and self._bounds is not None:
             first, end = self._bounds[i].tolist()
-            wanted = np.isin(ids, self.choice.ids[first:end])
-            if int(wanted.sum()) != end - first:
+            chosen = np.isin(ids, self.choice.ids[first:end])
+            if int(chosen.sum()) != end - first:
                 shard = dataset.shard(view, local)
                 missing = sorted(set(self.choice.ids[first:end].tolist()) - set(ids.tolist()))
                 raise InputError(
-                    f"samples {', '.join(namespaced_key(one, view) for one in missing[:4])} of the subset "
+                    f"samples {', '.join(namespaced_key(sample_id, view) for sample_id in missing[:4])} of the subset "
                     f"are not in {shard.index} of shard {shard.name} (rejected, or never written); leave "
                     "them out"
                 )
-            table = table.filter(pa.array(wanted))
+            table = table.filter(pa.array(chosen))
         return table if columns is None else table.select(list(columns))
 
     def index_files(self, view: int | None = None) -> list[str]:
@@ -186,13 +190,10 @@ class Corpus(Dataset):
     def _described(self) -> Manifest:
         """The first one's manifest, with the counts of all and no probe: each dataset has its own."""
         manifests = [dataset.manifest for dataset in self.datasets]
-        written = tuple(
-            int(self.shard_sizes(view).sum()) for view in range(len(manifests[0].written_per_view))
-        )
-        rejected: dict[str, int] = {}
+        written = tuple(self.num_samples(view) for view in range(manifests[0].num_views))
+        rejected: Counter[str] = Counter()
         for manifest in manifests:
-            for reason, count in manifest.samples_rejected.items():
-                rejected[reason] = rejected.get(reason, 0) + count
+            rejected.update(manifest.samples_rejected)
         return dataclasses.replace(
             manifests[0],
             inputs={"datasets": self.fingerprint},
@@ -204,6 +205,11 @@ class Corpus(Dataset):
             class_names=manifests[0].class_names if self._same_classes else None,
             probe=(),
         )
+
+
+def _with_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    """The table with other values in a column."""
+    return table.set_column(table.schema.get_field_index(name), table.schema.field(name), values)
 
 
 # ------------------------------------------------------------------------------------------------ together
@@ -247,13 +253,6 @@ def _compared(manifest: Manifest) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ subset
 
 
-def _chosen(datasets: Sequence[Dataset], subset: SubsetConfig) -> Choice:
-    if subset.ids is not None:
-        return _listed(datasets, subset.ids)
-    assert subset.labels is not None
-    return _labelled(datasets, subset.labels)
-
-
 def _listed(datasets: Sequence[Dataset], url: str) -> Choice:
     try:
         data = storage.read(url)
@@ -269,11 +268,10 @@ def _listed(datasets: Sequence[Dataset], url: str) -> Choice:
     if len(repeated):
         raise InputError(f"{url} names sample {repeated[0]} twice; list each once")
     bounds = _id_bounds(datasets, ids)
-    found = int((bounds[:, 1] - bounds[:, 0]).sum())
-    if found < len(ids):
-        inside = np.zeros(len(ids), bool)
-        for first, end in bounds.tolist():
-            inside[first:end] = True
+    inside = np.zeros(len(ids), bool)
+    for first, end in bounds.tolist():
+        inside[first:end] = True
+    if not inside.all():
         raise InputError(
             f"{url} names sample {ids[~inside][0]}, which is not in {', '.join(d.url for d in datasets)}; "
             "use the list that was made for it"
@@ -294,18 +292,11 @@ def _labelled(datasets: Sequence[Dataset], labels: Sequence[str]) -> Choice:
     """Reads the label of every sample: each index file once."""
     parts: list[np.ndarray] = []
     for number, dataset in enumerate(datasets):
-        wanted = _label_numbers(dataset, labels)
-
-        def ids_of(
-            i: int, dataset: Dataset = dataset, number: int = number, wanted: list[int] = wanted
-        ) -> np.ndarray:
-            table = dataset.read_index(0, i, ("sample_id", "label"))
-            found = np.isin(table.column("label").fill_null(-1).to_numpy(), wanted)
-            return table.column("sample_id").to_numpy()[found] + number * MAX_SAMPLE_ID
-
-        nonempty = np.flatnonzero(dataset.shard_sizes(0)).tolist()
-        with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-            parts += pool.map(ids_of, nonempty)
+        numbers = _label_numbers(dataset, labels)
+        read = functools.partial(dataset.read_index, 0, columns=("sample_id", "label"))
+        for table in in_order(read, np.flatnonzero(dataset.shard_sizes(0)).tolist(), _READ_AT_ONCE):
+            chosen = np.isin(table.column("label").fill_null(-1).to_numpy(), numbers)
+            parts.append(table.column("sample_id").to_numpy()[chosen] + number * MAX_SAMPLE_ID)
     ids = np.sort(np.concatenate([np.empty(0, np.int64), *parts]))
     if not len(ids):
         raise InputError(
@@ -332,11 +323,9 @@ def _label_numbers(dataset: Dataset, labels: Sequence[str]) -> list[int]:
 
 def _id_bounds(datasets: Sequence[Dataset], ids: np.ndarray) -> np.ndarray:
     """Where the ids of each shard of the corpus begin and end among `ids`, int64 [shards, 2]."""
-    return np.concatenate([np.empty((0, 2), np.int64), *_bounds_of_each(datasets, ids)])
-
-
-def _bounds_of_each(datasets: Sequence[Dataset], ids: np.ndarray) -> Iterator[np.ndarray]:
+    bounds = [np.empty((0, 2), np.int64)]
     for number, dataset in enumerate(datasets):
         first_ids = np.array(dataset.id_ranges()[0], np.int64) + number * MAX_SAMPLE_ID
         edges = np.searchsorted(ids, first_ids, side="left")
-        yield np.stack([edges[:-1], edges[1:]], axis=1).astype(np.int64)
+        bounds.append(np.stack([edges[:-1], edges[1:]], axis=1).astype(np.int64))
+    return np.concatenate(bounds)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.artifacts import fingerprint
 from pipeline.errors import InputError
-from shards.dataset.rows import Decode, Row, probe_shard, read_checked, read_rows, read_shard_index
+from shards.dataset.rows import Row, read_checked, read_rows, read_shard_index
 from shards.format.index import as_numpy, index_schema
 from shards.format.manifest import (
     HASH_COLUMNS,
@@ -37,12 +37,39 @@ from shards.format.manifest import (
 )
 
 
-class ShardTable:
-    """The shards that one manifest names; columns of its table are read when asked for.
+class Shards:
+    """Shards and the manifest that describes them. Views are counted from 0, whatever the first one's number.
 
-    Safe to share between threads and to send to other processes (the table travels along, nothing is read
-    again). Views are counted from 0, whatever number the first one bears.
+    Safe to share between threads and to send to other processes.
     """
+
+    url: str
+    manifest: Manifest
+
+    @property
+    def kind(self) -> Kind:
+        return self.manifest.kind
+
+    @property
+    def num_views(self) -> int:
+        return self.manifest.num_views
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of each view."""
+        return self.manifest.shards_per_view
+
+    def shard(self, view: int, i: int) -> ShardInfo:
+        """Shard i of a view, with complete URLs."""
+        raise NotImplementedError
+
+    def shards(self, view: int = 0) -> Iterable[ShardInfo]:
+        """All shards of a view in order of ids."""
+        return (self.shard(view, i) for i in range(self.num_shards))
+
+
+class ShardTable(Shards):
+    """The shards that one manifest names; columns of its table are read when they are asked for."""
 
     def __init__(self, url: str, manifest: Manifest, table: bytes) -> None:
         self.url = url
@@ -60,41 +87,25 @@ class ShardTable:
     def __reduce__(self) -> tuple[type[ShardTable], tuple[str, Manifest, bytes]]:
         return ShardTable, (self.url, self.manifest, self._table)
 
-    @property
-    def num_views(self) -> int:
-        return self.manifest.num_views
-
-    @property
-    def num_shards(self) -> int:
-        """Shards of each view."""
-        return self.manifest.shards_per_view
-
     def shard_sizes(self, view: int) -> np.ndarray:
         """Stored samples of each shard of a view, int64 [shards]; some may be 0."""
-        with self._lock:
-            sizes = self._sizes
-            if sizes is None:
-                chunks = self._column("samples").chunks
-                sizes = np.concatenate([as_numpy(chunk) for chunk in chunks]).astype(np.int64)
-                sizes.setflags(write=False)
-                self._sizes = sizes
-        return sizes[view * self.num_shards : (view + 1) * self.num_shards]
+        if self._sizes is None:
+            sizes = self._numbers("samples").astype(np.int64)
+            sizes.setflags(write=False)
+            self._sizes = sizes
+        return self._sizes[view * self.num_shards : (view + 1) * self.num_shards]
 
     def shard_bytes(self, view: int) -> np.ndarray:
         """Bytes of the tar of each shard of a view, int64 [shards]."""
-        with self._lock:
-            column = self._column("tar_bytes").slice(view * self.num_shards, self.num_shards)
-        return np.concatenate([as_numpy(chunk) for chunk in column.chunks])
+        return self._numbers("tar_bytes")[view * self.num_shards : (view + 1) * self.num_shards]
 
     def id_ranges(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """`first_ids` and `samples` of the first view: what the plan of a dataset made from it needs."""
-        with self._lock:
-            first_ids = self._column("first_id").slice(0, self.num_shards).to_pylist()
-            end_id = self._column("end_id")[self.num_shards - 1].as_py()
+        first_ids = self._numbers("first_id")[: self.num_shards].tolist()
+        end_id = int(self._numbers("end_id")[self.num_shards - 1])
         return (*first_ids, end_id), tuple(self.shard_sizes(0).tolist())
 
     def shard(self, view: int, i: int) -> ShardInfo:
-        """Shard i of a view, with complete URLs."""
         return self.stored(view, i).resolved(self.url)
 
     def stored(self, view: int, i: int) -> ShardInfo:
@@ -108,23 +119,22 @@ class ShardTable:
             record[column] = None if record[column] is None else record[column].hex()
         return ShardInfo(**record)
 
-    def shards(self, view: int) -> Iterable[ShardInfo]:
-        """All shards of a view in order of ids."""
-        return (self.shard(view, i) for i in range(self.num_shards))
-
     def index_files(self, view: int) -> list[str]:
         """The index files of a view, complete URLs."""
-        with self._lock:
-            paths = self._column("index").slice(view * self.num_shards, self.num_shards).to_pylist()
+        paths = self._column("index").slice(view * self.num_shards, self.num_shards).to_pylist()
         return [storage.join(self.url, path) for path in paths]
 
     def total(self, column: str) -> int:
         """Sum over all shards of a column of numbers without nulls, such as `tar_bytes`."""
-        with self._lock:
-            return sum(int(as_numpy(chunk).sum()) for chunk in self._column(column).chunks)
+        return int(self._numbers(column).sum())
+
+    def _numbers(self, name: str) -> np.ndarray:
+        """A column of numbers without nulls."""
+        return np.concatenate([as_numpy(chunk) for chunk in self._column(name).chunks])
 
     def _column(self, name: str) -> pa.ChunkedArray:
-        return self._file.read(columns=[name], use_threads=False).column(name)
+        with self._lock:
+            return self._file.read(columns=[name], use_threads=False).column(name)
 
     def _row_group(self, number: int) -> pa.Table:
         if number not in self._row_groups:
@@ -151,13 +161,13 @@ def open_table(url: str) -> ShardTable:
     return ShardTable(url, manifest, table)
 
 
-class Dataset:
+class Dataset(Shards):
     """A finished dataset opened for reading: its first K views, wherever they lie, and one tokenizer's codes.
 
     Views that were added later follow those of the base, and with a code layer chosen its codes take the
     place of the stored ones. `manifest` describes what was opened: that of the base where nothing was added,
     else with the views, counts, probe and tokenizer of all. `fingerprint` covers header and table of every
-    part in use. Safe to share between threads and to send to other processes. Views are counted from 0.
+    part in use.
     """
 
     def __init__(
@@ -175,19 +185,6 @@ class Dataset:
 
     def __repr__(self) -> str:
         return f"Dataset({self.url}, {self.manifest.kind}, {self.fingerprint[:8]})"
-
-    @property
-    def kind(self) -> Kind:
-        return self.manifest.kind
-
-    @property
-    def num_views(self) -> int:
-        return self.manifest.num_views
-
-    @property
-    def num_shards(self) -> int:
-        """Shards of each view."""
-        return self.manifest.shards_per_view
 
     @property
     def is_remote(self) -> bool:
@@ -219,13 +216,8 @@ class Dataset:
         return self._parts[0].id_ranges()
 
     def shard(self, view: int, i: int) -> ShardInfo:
-        """Shard i of a view, with complete URLs."""
         part, local = self._place(view)
         return self._parts[part].shard(local, i)
-
-    def shards(self, view: int = 0) -> Iterable[ShardInfo]:
-        """All shards of a view in order of ids."""
-        return (self.shard(view, i) for i in range(self.num_shards))
 
     def read_index(self, view: int, i: int, columns: Sequence[str] | None = None) -> pa.Table:
         """The index of shard i of a view, or some columns of it, after checking size and hash.
@@ -239,14 +231,14 @@ class Dataset:
             return read_shard_index(shard, columns)
         tokenizer = self.manifest.require_tokenizer()
         schema = index_schema(tokenizer.grid, tokenizer.codebook_size)
-        wanted = schema.names if columns is None else list(columns)
-        table = read_shard_index(shard, sorted({*wanted, "sample_id"} - {"codes"}))
+        columns = schema.names if columns is None else list(columns)
+        table = read_shard_index(shard, sorted({*columns, "sample_id"} - {"codes"}))
         layer = self._layers[part].shard(local, i)
         added = read_shard_index(layer, ("sample_id", "codes"))
         if not added.column("sample_id").equals(table.column("sample_id")):
             raise InputError(f"{layer.index} holds other samples than {shard.index}; verify the dataset")
         table = table.append_column(schema.field("codes"), added.column("codes"))
-        return table.select(wanted).replace_schema_metadata(schema.metadata)
+        return table.select(columns).replace_schema_metadata(schema.metadata)
 
     def read_images(self, first_id: int, end_id: int) -> Iterator[Row]:
         """The images of view 0 with ids in [first_id, end_id), each checked; one shard at a time is read."""
@@ -317,13 +309,13 @@ def open_dataset(
     layers = [] if codes is None else _layers(url, parts, codes)
     if layers:
         parts = parts[: len(layers)]
-    held = sum(part.num_views for part in parts)
+    finished = sum(part.num_views for part in parts)
     if views is None:
-        views = held
-    elif not 1 <= views <= held:
+        views = finished
+    elif not 1 <= views <= finished:
         whose = f" with codes of {codes}" if layers else ""
         raise InputError(
-            f"{url} has {held} finished views{whose}, {views} are asked for; take at most {held}, or add "
+            f"{url} has {finished} finished views{whose}, {views} are asked for; take at most {finished}, or add "
             f"more with precompute_shards {'--code_layer' if layers else '--extend'}"
         )
     while views <= sum(part.num_views for part in parts[:-1]):
@@ -339,12 +331,12 @@ def index_files(url: str, *, views: int | None = None, codes: str | None = None)
     return open_dataset(url, views=views, codes=codes).index_files()
 
 
-def _added_views(url: str, base: ShardTable, wanted: int | None) -> Iterator[ShardTable]:
+def _added_views(url: str, base: ShardTable, most: int | None) -> Iterator[ShardTable]:
     """Finished parts that follow the base, found by name, so that no stale listing can hide one."""
-    held = base.num_views
+    num_views = base.num_views
     while base.manifest.kind == "tokens" and base.manifest.first_view == 0:
-        place = views_url(url, held)
-        if (wanted is not None and held >= wanted) or not storage.exists(storage.join(place, MANIFEST)):
+        place = views_url(url, num_views)
+        if (most is not None and num_views >= most) or not storage.exists(storage.join(place, MANIFEST)):
             return
         part = open_table(place)
         _require_same(part, "base", base, "views of another dataset")
@@ -355,14 +347,14 @@ def _added_views(url: str, base: ShardTable, wanted: int | None) -> Iterator[Sha
                 "never mixed, copy the dataset again"
             )
         yield part
-        held += part.num_views
+        num_views += part.num_views
 
 
 def _layers(url: str, parts: Sequence[ShardTable], codes: str) -> list[ShardTable]:
     """The code layer of a tokenizer for as many leading parts as it has; none where it is the base's own."""
     if len(codes) >= 8 and _tokenizer_of(parts[0]).startswith(codes):
         return []
-    found: list[ShardTable] = []
+    layers: list[ShardTable] = []
     for part in parts:
         place = layer_url(url, codes, part.manifest.first_view)
         if not storage.exists(storage.join(place, MANIFEST)):
@@ -370,28 +362,29 @@ def _layers(url: str, parts: Sequence[ShardTable], codes: str) -> list[ShardTabl
         layer = open_table(place)
         _require_same(layer, "pixels", part, "codes of other pixels")
         tokenizer = _tokenizer_of(layer)
-        if not tokenizer.startswith(codes) or (found and tokenizer != _tokenizer_of(found[0])):
-            asked = codes if not found else _tokenizer_of(found[0])
+        first = _tokenizer_of(layers[0] if layers else layer)
+        if not tokenizer.startswith(codes) or tokenizer != first:
+            asked = first if layers else codes
             raise InputError(
                 f"{place} has codes of tokenizer {tokenizer}, not of {asked}; codes of two tokenizers are "
                 "never mixed, copy the dataset again"
             )
-        found.append(layer)
-    if not found:
+        layers.append(layer)
+    if not layers:
         names = storage.list_folders(storage.join(url, "codes"))
-        held = f"there are {', '.join(names)}" if names else "there is none"
+        others = f"there are {', '.join(names)}" if names else "there is none"
         raise InputError(
-            f"{url} has no finished code layer {codes} ({held}); add it with precompute_shards --code_layer"
+            f"{url} has no finished code layer {codes} ({others}); add it with precompute_shards --code_layer"
         )
-    return found
+    return layers
 
 
 def _require_same(part: ShardTable, name: str, other: ShardTable, what: str) -> None:
     """A part names by fingerprint what it was made for, and has the same id ranges."""
-    named, found = part.manifest.inputs.get(name), other.manifest.fingerprint
-    if named != found or part.num_shards != other.num_shards:
+    named, actual = part.manifest.inputs.get(name), other.manifest.fingerprint
+    if named != actual or part.num_shards != other.num_shards:
         raise InputError(
-            f"{part.url} holds {what}: it was made for {named}, but {other.url} is {found}; copy the dataset "
+            f"{part.url} holds {what}: it was made for {named}, but {other.url} is {actual}; copy the dataset "
             "again, or remove that folder"
         )
 
@@ -415,7 +408,7 @@ def _merged(parts: Sequence[ShardTable], layers: Sequence[ShardTable], num_views
         return base
     written: list[int] = []
     samples_in = 0
-    rejected: dict[str, int] = {}
+    rejected: Counter[str] = Counter()
     probe: list[ProbeEntry] = []
     for manifest in (part.manifest for part in parts):
         used = min(manifest.num_views, num_views - len(written))
@@ -423,7 +416,7 @@ def _merged(parts: Sequence[ShardTable], layers: Sequence[ShardTable], num_views
         # The same sources are read for every view: where not all views are in use, their share is exact.
         samples_in += manifest.samples_in * used // manifest.num_views
         for reason, number in manifest.samples_rejected.items():
-            rejected[reason] = rejected.get(reason, 0) + number * used // manifest.num_views
+            rejected[reason] += number * used // manifest.num_views
         probe += [entry for entry in manifest.probe if entry.view < base.first_view + num_views]
     return dataclasses.replace(
         base,
@@ -434,14 +427,3 @@ def _merged(parts: Sequence[ShardTable], layers: Sequence[ShardTable], num_views
         tokenizer=layers[0].manifest.tokenizer if layers else base.tokenizer,
         probe=tuple(probe),
     )
-
-
-def probe_differences(dataset: Dataset, decode: Decode) -> list[str]:
-    """Keys of the decode probe whose pixels decode differently here than at the writer's; often empty."""
-    differing: list[str] = []
-    for entry in dataset.manifest.probe:
-        shard = dataset.shard(entry.view - dataset.manifest.first_view, entry.number)
-        [found] = probe_shard(shard, [entry.row], decode)
-        if (found.key, found.sha256) != (entry.key, entry.sha256):
-            differing.append(entry.key)
-    return differing

@@ -19,10 +19,9 @@ import pytest
 from pipeline import storage
 from pipeline.artifacts import sha256_hex
 from pipeline.errors import InputError
-from shards.dataset.dataset import Dataset, index_files, open_dataset, probe_differences
+from shards.dataset.dataset import Dataset, index_files, open_dataset
 from shards.dataset.rows import pixels_hash, read_shard_index
 from shards.format.manifest import ROW_GROUP, Manifest, Recipe, ShardInfo, TableName, TableWriter
-from shards.pixels.views import decode_crop
 from shards.writer.commit import start
 
 MakeDataset = Callable[..., Any]
@@ -242,30 +241,6 @@ def test_index_files_are_those_of_the_manifest_only(tmp_path: Path, small_datase
 
 
 # ------------------------------------------------------------------------------------------------ probe
-
-
-def test_the_probe_tells_a_decoder_that_differs(tmp_path: Path, small_dataset: MakeDataset) -> None:
-    manifest = small_dataset().write(str(tmp_path))
-    dataset = open_dataset(str(tmp_path))
-    keys = [entry.key for entry in manifest.probe]
-    assert probe_differences(dataset, decode_crop) == []
-
-    def rounds_otherwise(data: bytes) -> np.ndarray:
-        return decode_crop(data) ^ 1
-
-    assert probe_differences(dataset, rounds_otherwise) == keys
-
-
-def test_the_probe_refuses_a_damaged_image(tmp_path: Path, small_dataset: MakeDataset) -> None:
-    small_dataset(first_ids=(0, 1), views=1, rejected={}).write(str(tmp_path))
-    dataset = open_dataset(str(tmp_path))
-    shard = dataset.shard(0, 0)
-    [offset] = read_shard_index(shard).column("image_offset").to_pylist()
-    data = bytearray(Path(shard.tar).read_bytes())
-    data[offset + 100] ^= 1
-    Path(shard.tar).write_bytes(bytes(data))
-    with pytest.raises(InputError, match="damaged at 0000000000-00"):
-        probe_differences(dataset, decode_crop)
 
 
 def test_hash_of_pixels_sees_values_and_shape() -> None:
