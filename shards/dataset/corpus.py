@@ -169,10 +169,10 @@ class Corpus(Dataset):
             chosen = np.isin(ids, self.choice.ids[first:end])
             if int(chosen.sum()) != end - first:
                 shard = dataset.shard(view, local)
-                missing = sorted(set(self.choice.ids[first:end].tolist()) - set(ids.tolist()))
+                missing = np.setdiff1d(self.choice.ids[first:end], ids)[:4].tolist()
+                keys = ", ".join(namespaced_key(sample_id, view) for sample_id in missing)
                 raise InputError(
-                    f"samples {', '.join(namespaced_key(sample_id, view) for sample_id in missing[:4])} of the subset "
-                    f"are not in {shard.index} of shard {shard.name} (rejected, or never written); leave "
+                    f"samples {keys} of the subset are not in {shard.index} of shard {shard.name} (rejected, or never written); leave "
                     "them out"
                 )
             table = table.filter(pa.array(chosen))

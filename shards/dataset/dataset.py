@@ -315,8 +315,8 @@ def open_dataset(
     elif not 1 <= views <= finished:
         whose = f" with codes of {codes}" if layers else ""
         raise InputError(
-            f"{url} has {finished} finished views{whose}, {views} are asked for; take at most {finished}, or add "
-            f"more with precompute_shards {'--code_layer' if layers else '--extend'}"
+            f"{url} has {finished} finished views{whose}, {views} are asked for; take at most {finished}, or "
+            f"add more with precompute_shards {'--code_layer' if layers else '--extend'}"
         )
     while views <= sum(part.num_views for part in parts[:-1]):
         parts, layers = parts[:-1], layers[:-1]
@@ -384,8 +384,8 @@ def _require_same(part: ShardTable, name: str, other: ShardTable, what: str) -> 
     named, actual = part.manifest.inputs.get(name), other.manifest.fingerprint
     if named != actual or part.num_shards != other.num_shards:
         raise InputError(
-            f"{part.url} holds {what}: it was made for {named}, but {other.url} is {actual}; copy the dataset "
-            "again, or remove that folder"
+            f"{part.url} holds {what}: it was made for {named}, but {other.url} is {actual}; copy the "
+            "dataset again, or remove that folder"
         )
 
 
