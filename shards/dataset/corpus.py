@@ -172,8 +172,8 @@ class Corpus(Dataset):
                 missing = np.setdiff1d(self.choice.ids[first:end], ids)[:4].tolist()
                 keys = ", ".join(namespaced_key(sample_id, view) for sample_id in missing)
                 raise InputError(
-                    f"samples {keys} of the subset are not in {shard.index} of shard {shard.name} (rejected, or never written); leave "
-                    "them out"
+                    f"samples {keys} of the subset are not in {shard.index} of shard {shard.name} "
+                    "(rejected, or never written); leave them out"
                 )
             table = table.filter(pa.array(chosen))
         return table if columns is None else table.select(list(columns))

@@ -145,7 +145,7 @@ def _read_extension(file: BinaryIO, offset: int, size: int, end: int) -> bytes:
 
 def _parse_pax(record: bytes, offset: int) -> dict[str, str]:
     """`<length> <key>=<value>\\n` records; a malformed one is an error, because the name may be in it."""
-    found: dict[str, str] = {}
+    records: dict[str, str] = {}
     position = 0
     while position < len(record) and record[position : position + 1] != b"\0":
         space = record.find(b" ", position, position + 20)
@@ -156,9 +156,9 @@ def _parse_pax(record: bytes, offset: int) -> dict[str, str]:
         if not whole or not entry.endswith(b"\n") or b"=" not in entry:
             raise TarError(f"damaged pax header at byte {offset + position}")
         key, value = entry[:-1].split(b"=", 1)
-        found[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+        records[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
         position += length
-    return found
+    return records
 
 
 def _pax_size(pax: dict[str, str], offset: int) -> int:
