@@ -25,6 +25,13 @@ DOORS: dict[str, tuple[str, ...]] = {
 }
 """Who may import a vendor: a module, or (with a dot at the end) everything in a package."""
 
+ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "shards": (("pixels",), ("format",), ("sources", "dataset"), ("reader", "writer"), ("upkeep",)),
+    "tokenizer": (("model",), ("precompute",)),
+    "pretrain": (("model",), ("finetune",), ("evals", "segment")),
+}
+"""Folders of a layer: each may import itself and what stands before it, and none on a step with it."""
+
 NOT_AT_ALL = {
     "shards": ("torch", "torchvision", "timm"),
     "pipeline": ("PIL", "simplejpeg", "timm", "torchvision"),
@@ -64,6 +71,14 @@ def imports(source: str, module: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, str(argument.value) if isinstance(argument, ast.Constant) else "<computed>"
 
 
+def step_of(module: str) -> tuple[int, str] | None:
+    """The step on which a module's folder stands among the rooms of its layer, and the folder's name."""
+    layer, _, rest = module.partition(".")
+    folder = rest.partition(".")[0]
+    steps = ROOMS.get(layer, ())
+    return next(((step, folder) for step, folders in enumerate(steps) if folder in folders), None)
+
+
 def complaints(module: str, source: str) -> list[str]:
     """What the imports of one module break, one line each."""
     layer = module.split(".")[0]
@@ -73,6 +88,9 @@ def complaints(module: str, source: str) -> list[str]:
         where = f"{module}:{line} imports {name}"
         if top in LAYERS and LAYERS.index(top) > LAYERS.index(layer):
             found.append(f"{where}: {layer} stands before {top}")
+        here, there = step_of(module), step_of(name)
+        if top == layer and here and there and here != there and there[0] >= here[0]:
+            found.append(f"{where}: {layer}/{here[1]} does not stand above {layer}/{there[1]}")
         if top in DOORS and not any(
             module == door or (door.endswith(".") and f"{module}.".startswith(door)) for door in DOORS[top]
         ):
@@ -151,6 +169,11 @@ def test_unpickling_is_seen(source: str) -> None:
         ("pipeline.cluster2", "import ray"),
         ("pipeline.artifacts", "from PIL import Image"),
         ("pretrain.evals.probe", "import joblib"),
+        ("shards.format.build", "from shards.dataset.rows import read_rows"),
+        ("shards.dataset.rows", "def f():\n    from shards.sources import listing"),
+        ("shards.reader.reader", "from shards.writer.commit import start"),
+        ("pretrain.finetune.train", "from pretrain.evals.features import read_labels"),
+        ("tokenizer.model.vit", "from tokenizer.precompute import run"),
         ("shards.reader", "from ..tokenizer import vqkd"),
         ("shards.reader", "import importlib\nimportlib.import_module('torch')"),
         ("tokenizer.teacher", "import importlib\nimportlib.import_module(name)"),
@@ -165,7 +188,8 @@ def test_the_rules_can_fail(module: str, source: str) -> None:
     [
         ("pipeline.cluster.items", "def f():\n    import ray"),
         ("jobs.submission", "from ray.job_submission import JobSubmissionClient"),
-        ("shards.reader", "import pyarrow\nfrom pipeline import storage\nfrom . import tar"),
+        ("shards.format.index", "import pyarrow\nfrom pipeline import storage\nfrom . import tar"),
+        ("shards.upkeep.repair", "from shards.writer.commit import finish\nfrom shards.reader import order"),
         ("tokenizer.model.teacher", "def f():\n    import open_clip"),
         ("pretrain.evals.probe", "from tokenizer import vit\nfrom ..backbone import Backbone"),
     ],
