@@ -108,7 +108,7 @@ def verify(config: VerifyConfig) -> Report:
         images = _images(config, verification)
 
         def make_item(plan: Plan, item: Item, codes: Codes | None) -> BuiltShard:
-            from tokenizer.precompute.items import RepairInputs  # torch, which image shards do not need
+            from tokenizer.precompute.remake import RepairInputs  # torch, which image shards do not need
 
             given = RepairInputs(dataset=verification.url, images=images, tokenizer=config.tokenizer)
             return given.make(plan, item, codes)

@@ -73,14 +73,10 @@ class Tally:
     rejected: dict[str, int] = field(default_factory=dict)
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            shards=self.shards + other.shards,
-            objects=self.objects + other.objects,
-            bytes=self.bytes + other.bytes,
-            samples=self.samples + other.samples,
-            decoded=self.decoded + other.decoded,
-            rejected=dict(sorted((Counter(self.rejected) + Counter(other.rejected)).items())),
-        )
+        names = ("shards", "objects", "bytes", "samples", "decoded")
+        rejected = Counter(self.rejected) + Counter(other.rejected)
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return Tally(**sums, rejected=dict(sorted(rejected.items())))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -86,26 +86,6 @@ def item_maker(
     return CropMaker(plan, images_url, encoder, num_threads)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RepairInputs:
-    """What a repair has at hand to make shards of a finished dataset again: URLs, None where not given."""
-
-    dataset: str
-    images: str | None
-    tokenizer: str | None
-
-    def make(self, plan: Plan, item: Item, codes: Mapping[int, np.ndarray] | None) -> BuiltShard:
-        """The shard of an item; InputError says what is missing."""
-        encoder = None
-        if codes is None and self.tokenizer is None:
-            name = plan.inputs["tokenizer"]
-            raise InputError(f"its codes are lost; give their tokenizer, {name}, with --tokenizer")
-        if codes is None:
-            encoder = CropEncoder(plan, str(self.tokenizer))
-        maker = item_maker(plan, self.dataset, self.images, encoder, num_threads=2)
-        return maker.make(item) if isinstance(maker, LayerMaker) else maker.make(item, codes)
-
-
 # ------------------------------------------------------------------------------------------------ crops
 
 
