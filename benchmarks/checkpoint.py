@@ -16,13 +16,14 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
 from benchmarks.timing import emit
 from pipeline.config import run_job
 from pipeline.training.checkpoints import CheckpointStore, TrainState
 from pipeline.training.optim import OptimConfig, autocast, build_optimizer, resolve_precision
-from pretrain.masking import MaskConfig, block_masks
+from pretrain.masking import MaskConfig, draw_block_masks
 from pretrain.model.backbone import BackboneSize
 from pretrain.model.mim import MIM, MIMConfig, masked_patches, mim_loss
 
@@ -54,7 +55,7 @@ def main(config: BenchmarkConfig) -> None:
     pixels = torch.rand(config.batch_size, 3, 224, 224, device=device)
     codes = torch.randint(CODEBOOK_SIZE, (config.batch_size, 196), device=device)
     mask = torch.from_numpy(
-        block_masks(torch.arange(config.batch_size).numpy(), (14, 14), MaskConfig(), seed=0, epoch=0)
+        draw_block_masks(np.arange(config.batch_size), MaskConfig().resolve((14, 14)), seed=0, epoch=0).mask
     )
     masked = masked_patches(mask).to(device)
     mask = mask.to(device)

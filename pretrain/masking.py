@@ -1,6 +1,6 @@
 """Block-wise masks (paper §2.3, as in BEiT): which patches the student must guess.
 
-`block_masks` draws them for a whole batch, as a pure function of (seed, epoch, position).
+`draw_block_masks` draws them for a whole batch, as a pure function of (seed, epoch, position).
 """
 
 from __future__ import annotations
@@ -85,22 +85,12 @@ class BlockMasks:
     num_single: np.ndarray
 
 
-def block_masks(
-    positions: np.ndarray, grid: tuple[int, int], config: MaskConfig, *, seed: int, epoch: int
-) -> np.ndarray:
-    """Masks [B, rows * columns] bool, True = masked, of the samples at these B positions of an epoch.
+def draw_block_masks(positions: np.ndarray, spec: MaskSpec, *, seed: int, epoch: int) -> BlockMasks:
+    """The masks of the samples at these B positions of an epoch; each has exactly `num_masked` patches.
 
     A sample's mask depends on (seed, epoch, position) alone, so ranks, batch sizes and resumed runs agree.
-    Every mask has exactly `num_masked` patches. InputError when the config does not fit the grid.
-    """
-    return draw_block_masks(positions, config.resolve(grid), seed=seed, epoch=epoch).mask
-
-
-def draw_block_masks(positions: np.ndarray, spec: MaskSpec, *, seed: int, epoch: int) -> BlockMasks:
-    """`block_masks` for a resolved spec, with the counts of blocks and single patches.
-
     All proposals of one block are drawn and measured together for every image that still has room, which is
-    the scalar procedure with its inner loop unrolled: a refused proposal changes nothing.
+    the official procedure with its inner loop unrolled: a refused proposal changes nothing.
     DEVIATION: counter-based draws where the reference's workers use Python's and numpy's generators, so the
     masks are others of the same distribution, and do not depend on workers or on where a run resumed.
     """

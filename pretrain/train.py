@@ -28,7 +28,7 @@ from pipeline.training.optim import (
 from pipeline.training.step import RunningMeans, require_finite, synchronized, to_device
 from pipeline.training.worker import Worker
 from pretrain.config import PretrainConfig
-from pretrain.masking import block_masks
+from pretrain.masking import draw_block_masks
 from pretrain.model.artifacts import BACKBONE, read_backbone_header, save_backbone
 from pretrain.model.mim import LOSS_SUMS, MIM, masked_patches, mim_figures, mim_loss
 from shards.dataset.corpus import open_corpus
@@ -38,20 +38,6 @@ from shards.pixels.crops import FreshCrops, StoredCrops
 from shards.reader.figures import ReaderReports
 from shards.reader.reader import Batches, SampleBatch, ShardReader
 from tokenizer.model.artifact import VisualTokenizer
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch on the device."""
-
-    pixels: Tensor
-    """uint8 [B, 3, S, S]."""
-    codes: Tensor
-    """[B, N] integers below the codebook's size."""
-    mask: Tensor
-    """[B, N] bool, True = masked."""
-    masked: Tensor
-    """[M] int64, flat indices of the masked patches."""
 
 
 def pretrain_mim(config: PretrainConfig) -> None:
@@ -76,7 +62,7 @@ def pretrain_mim(config: PretrainConfig) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class CodeSource:
     """Where samples and codes come from, precomputed or online, and whose codes they are."""
 
     dataset: Dataset
@@ -90,8 +76,15 @@ class Source:
         """Codes per column and row."""
         return self.tokenizer.grid
 
+    def codes(self, samples: SampleBatch, rows: slice, pixels: Tensor) -> Tensor:
+        """Integers [B, N] of these rows: those that are stored, or of pixels uint8 [B, 3, S, S] made here."""
+        if self.online is not None:
+            return self.online.encode(pixels)
+        assert samples.codes is not None
+        return torch.from_numpy(samples.codes[rows].astype("int64")).to(pixels.device, non_blocking=True)
 
-def open_source(config: PretrainConfig, device: torch.device | str = "cpu") -> Source:
+
+def open_source(config: PretrainConfig, device: torch.device | str = "cpu") -> CodeSource:
     """Token shards, or image shards with a tokenizer on `device`."""
     if config.shards is not None:
         dataset = open_corpus(
@@ -99,12 +92,12 @@ def open_source(config: PretrainConfig, device: torch.device | str = "cpu") -> S
         )
         tokenizer = dataset.manifest.require_tokenizer()
         inputs = {"shards": dataset.fingerprint, "tokenizer": tokenizer.fingerprint}
-        return Source(dataset=dataset, tokenizer=tokenizer, online=None, inputs=inputs)
+        return CodeSource(dataset=dataset, tokenizer=tokenizer, online=None, inputs=inputs)
     assert config.images is not None and config.tokenizer is not None
     dataset = open_corpus(config.images, "images", subset=config.subset)
     online = VisualTokenizer.load(config.tokenizer, device=device, precision=config.precision)
     inputs = {"images": dataset.fingerprint, "tokenizer": online.fingerprint}
-    return Source(dataset=dataset, tokenizer=online.spec, online=online, inputs=inputs)
+    return CodeSource(dataset=dataset, tokenizer=online.spec, online=online, inputs=inputs)
 
 
 def _train(config: PretrainConfig, worker: Worker) -> None:
@@ -123,7 +116,7 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
     optimizer = build_optimizer(model, config.optim, config.batch_size)
     scaler = grad_scaler(device, dtype)
     lr = config.optim.schedule(config.batch_size, steps_per_epoch, config.epochs)
-    num_masked = config.mask.resolve(source.grid).num_masked
+    masks = config.mask.resolve(source.grid)
 
     # Resume.
     journal = Journal(config, worker, {"model": model, "optimizer": optimizer, "scaler": scaler})
@@ -140,7 +133,7 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
     done = state.epoch * per_epoch + state.position
     journal.begin(
         f"{reader.num_samples:,} samples, {config.epochs} epochs of {steps_per_epoch} steps of "
-        f"{config.batch_size}, {num_masked} of {math.prod(source.grid)} patches masked, "
+        f"{config.batch_size}, {masks.num_masked} of {math.prod(source.grid)} patches masked, "
         f"{'online' if source.online else 'precomputed'} codes, "
         f"lr {config.optim.effective_lr(config.batch_size):.2e}, {worker.world_size} workers, "
         f"{device}, {dtype}\n{reader.begin(state.epoch, state.position)}",
@@ -161,11 +154,17 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
             share = samples.pixels.shape[0]
             micro = config.micro_batch_size or share
             for first in range(0, share, micro):
-                batch = _batch(config, source, samples, slice(first, first + micro), epoch, device)
+                rows = slice(first, first + micro)
+                pixels = to_device(samples.pixels[rows], device)
+                codes = source.codes(samples, rows, pixels)
+                drawn = draw_block_masks(samples.positions[rows], masks, seed=config.seed, epoch=epoch)
+                # Which patches are masked is found on the CPU, where it does not wait for the device.
+                mask = torch.from_numpy(drawn.mask)
+                masked = masked_patches(mask).to(device, non_blocking=True)
+                mask = mask.to(device, non_blocking=True)
                 with synchronized(replica, first + micro >= share), autocast(device, dtype):
-                    out = replica(model.normalize(batch.pixels), batch.mask, batch.masked)
-                    loss = mim_loss(out, batch.codes)
-                    objective = loss.objective(samples.global_size * num_masked, worker.world_size)
+                    loss = mim_loss(replica(model.normalize(pixels), mask, masked), codes)
+                    objective = loss.objective(samples.global_size * masks.num_masked, worker.world_size)
                     scaler.scale(objective).backward()
                 means.add_sums(loss.num_masked, **loss.sums())
             scaler.unscale_(optimizer)
@@ -200,39 +199,13 @@ def _train(config: PretrainConfig, worker: Worker) -> None:
         journal.finish(**metrics)
 
 
-def _batch(
-    config: PretrainConfig,
-    source: Source,
-    samples: SampleBatch,
-    rows: slice,
-    epoch: int,
-    device: torch.device,
-) -> Batch:
-    """Rows of what the reader gave, with their masks, on the device; codes made here in online mode."""
-    mask = torch.from_numpy(
-        block_masks(samples.positions[rows], source.grid, config.mask, seed=config.seed, epoch=epoch)
-    )
-    pixels = to_device(samples.pixels[rows], device)
-    if source.online is not None:
-        codes = source.online.encode(pixels)
-    else:
-        assert samples.codes is not None
-        codes = torch.from_numpy(samples.codes[rows].astype("int64")).to(device, non_blocking=True)
-    return Batch(
-        pixels=pixels,
-        codes=codes,
-        mask=mask.to(device, non_blocking=True),
-        masked=masked_patches(mask).to(device, non_blocking=True),
-    )
-
-
-def _model(config: PretrainConfig, source: Source) -> MIM:
+def _model(config: PretrainConfig, source: CodeSource) -> MIM:
     tokenizer = source.tokenizer
     size = config.backbone.resolve(image_size=tokenizer.image_size, patch_size=tokenizer.patch_size)
     return MIM(size, config.mim, tokenizer.codebook_size)
 
 
-def _reader(config: PretrainConfig, source: Source, worker: Worker) -> ShardReader:
+def _reader(config: PretrainConfig, source: CodeSource, worker: Worker) -> ShardReader:
     crops = StoredCrops()
     if source.online is not None:
         # Online crops pass through JPEG as stored ones do: both modes see the same pixels, bit for bit.

@@ -19,7 +19,7 @@ from jobs.reference.fixtures import (
     gradients_of,
     relative_difference,
 )
-from pipeline.training.optim import OptimConfig, build_optimizer, cosine_schedule, set_lr
+from pipeline.training.optim import OptimConfig, build_optimizer, set_lr
 from pretrain.model.classifier import TABLE, Classifier
 from pretrain.model.mim import MIM, masked_patches, mim_loss
 from pretrain.model.official import INDEX, backbone_from_official, classifier_from_official
@@ -156,7 +156,7 @@ def check_schedules(arrays: Mapping[str, Tensor], checks: Checks) -> None:
         # The half cosine ends one step short of the minimum.
         above = 0.5 * (1.0 + math.cos(math.pi * (1.0 - 1.0 / max(total - warmup_steps, 1))))
         min_lr = last if above == 1.0 else (last - peak * above) / (1.0 - above)
-        lr = cosine_schedule(peak_lr=peak, min_lr=min_lr, warmup_steps=warmup_steps, total_steps=total)
+        lr = OptimConfig(peak_lr=peak, min_lr=min_lr, warmup_epochs=warmup_steps).schedule(1, 1, total)
         ours = torch.tensor([lr(step) for step in range(total)], dtype=torch.float64)
         note = f"{warmup_steps} of {total} steps warm up, to {peak:.3g}"
         checks.compare(name, ours, expected.double(), SCHEDULE, note)

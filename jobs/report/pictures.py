@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from pretrain.evals.codebook import Example
-from pretrain.masking import MaskConfig, block_masks
+from pretrain.masking import MaskConfig, draw_block_masks
 from pretrain.model.mim import MIM
 
 # Shapes below: n images of S pixels a side, a square grid of N patches of P pixels a side, K codes.
@@ -208,7 +208,8 @@ class Predictions:
 @torch.no_grad()
 def predict(model: MIM, images: np.ndarray, codes: np.ndarray, *, seed: int = 0) -> Predictions:
     """A model's guesses for images uint8 [n, S, S, 3] with codes [n, N], hidden in part, block-wise."""
-    mask = block_masks(np.arange(len(images)), model.config.grid, MaskConfig(), seed=seed, epoch=0)
+    spec = MaskConfig().resolve(model.config.grid)
+    mask = draw_block_masks(np.arange(len(images)), spec, seed=seed, epoch=0).mask
     output = model(model.normalize(torch.from_numpy(images)), torch.from_numpy(mask))
 
     def spread(logits: torch.Tensor) -> np.ndarray:

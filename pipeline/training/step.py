@@ -1,4 +1,4 @@
-"""What both training loops need inside a step: figures over all ranks, and gradients that travel once."""
+"""What training loops need inside a step: figures over all ranks, and gradients that travel once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class NonFiniteLossError(Exception):
 
 
 class RunningMeans:
-    """Weighted means of named scalars, kept on the device until they are asked for.
+    """Weighted means of named scalars; nothing waits for the device but `take` and `take_sums`.
 
     A rank adds what it sees, and `gather` makes that everybody's: the checkpoint of one rank has it all.
     """
@@ -30,16 +30,16 @@ class RunningMeans:
         self._everywhere = torch.zeros_like(self._here)
 
     def add(self, weight: float, **values: Tensor) -> None:
-        """Count each value `weight` times, its number of samples. Does not wait for the device."""
+        """Count each value `weight` times, its number of samples."""
         self.add_sums(weight, **{name: value.detach().double() * weight for name, value in values.items()})
 
     def add_sums(self, weight: float, **sums: Tensor) -> None:
-        """Count values that are sums over `weight` samples already. Does not wait for the device."""
+        """Count values that are sums over `weight` samples already."""
         values = [sums[name].detach().double() for name in self._names]
         self._here += torch.stack([*values, self._here.new_full((), weight)])
 
     def gather(self, worker: Worker) -> None:
-        """Add up over the ranks what each has added; all must call. Does not wait for the device."""
+        """Add up over the ranks what each has added; all must call."""
         self._everywhere += worker.sum(self._here)
         self._here = torch.zeros_like(self._here)
 

@@ -10,9 +10,15 @@ import numpy as np
 import pytest
 
 from pipeline.errors import InputError
-from pretrain.masking import NUM_TRIES, BlockMasks, MaskConfig, MaskSpec, block_masks, draw_block_masks
+from pretrain.masking import NUM_TRIES, BlockMasks, MaskConfig, MaskSpec, draw_block_masks
 
 NUM_DRAWN = 10_000
+
+
+def block_masks(
+    positions: np.ndarray, grid: tuple[int, int], config: MaskConfig, *, seed: int, epoch: int
+) -> np.ndarray:
+    return draw_block_masks(positions, config.resolve(grid), seed=seed, epoch=epoch).mask
 
 
 def block_mask(spec: MaskSpec, draws: random.Random, single_draws: np.random.RandomState) -> np.ndarray:

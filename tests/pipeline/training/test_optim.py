@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import InputError
-from pipeline.training.optim import OptimConfig, build_optimizer, cosine_schedule, decays, resolve_precision
+from pipeline.training.optim import OptimConfig, build_optimizer, decays, resolve_precision
 
 
 @pytest.mark.parametrize(
@@ -24,12 +24,13 @@ def test_schedule_equals_the_reference(
     shared_dir: Path, name: str, peak_lr: float, warmup_steps: int, total_steps: int
 ) -> None:
     expected = np.load(shared_dir / "reference/fixtures/lr_schedules.npz", allow_pickle=False)[name]
-    lr = cosine_schedule(peak_lr=peak_lr, min_lr=1e-5, warmup_steps=warmup_steps, total_steps=total_steps)
+    optim = OptimConfig(peak_lr=peak_lr, min_lr=1e-5, warmup_epochs=warmup_steps / 10)
+    lr = optim.schedule(batch_size=1, steps_per_epoch=10, epochs=total_steps // 10)
     np.testing.assert_allclose([lr(step) for step in range(total_steps)], expected, rtol=1e-12)
 
 
 def test_schedule_without_warmup_starts_at_the_peak() -> None:
-    lr = cosine_schedule(peak_lr=1.0, min_lr=0.1, warmup_steps=0, total_steps=10)
+    lr = OptimConfig(peak_lr=1.0, min_lr=0.1, warmup_epochs=0).schedule(1, 1, epochs=10)
     assert lr(0) == 1.0 and lr(10) == pytest.approx(0.1)
 
 
