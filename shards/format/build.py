@@ -64,6 +64,7 @@ class BuiltShard:
     sample_ids: np.ndarray
     rejected_ids: np.ndarray
     pixels: PixelTar | None = None
+    max_label: int | None = None
 
 
 def build_shard(
@@ -98,6 +99,7 @@ def build_shard(
         rejected=dict(sorted(Counter(reject.reason for reject in rejects).items())),
         sample_ids=np.array([sample.sample_id for sample in samples], np.int64),
         rejected_ids=np.array([reject.sample_id for reject in rejects], np.int64),
+        max_label=max((sample.label for sample in samples if sample.label is not None), default=None),
     )
     _check_built(built, samples, rejects, grid)
     return built
@@ -177,6 +179,12 @@ def _check_token_sample(sample: StoredSample, grid: tuple[int, int], codebook_si
     if codes is None or sample.crop is None:
         raise BuildError(
             f"sample {sample.key} of a token shard has no {'codes' if codes is None else 'crop box'}"
+        )
+    box, width, height = sample.crop, sample.source_width, sample.source_height
+    sides = (box.left, box.width, width), (box.top, box.height, height)
+    if any(start < 0 or length < 1 or start + length > source for start, length, source in sides):
+        raise BuildError(
+            f"the crop of sample {sample.key} is not inside its source of {width} x {height}: {box}"
         )
     if sample.extension != "jpg":
         raise BuildError(f"sample {sample.key} of a token shard is a {sample.extension!r}, not a 'jpg'")

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.format.records import RejectedSample, StoredSample, as_text
+from shards.format.records import RejectedSample, StoredSample, to_utf8
 
 FORMAT_VERSION = 1
 METADATA_KEY = b"beit2_shards"
@@ -118,7 +118,7 @@ def write_index(
         "image_offset": list(offsets),
         "image_bytes": [len(sample.image) for sample in samples],
         "image_hash": [hashlib.sha256(sample.image).digest() for sample in samples],
-        "source": [as_text(sample.source) for sample in samples],
+        "source": [to_utf8(sample.source) for sample in samples],
         "source_width": [sample.source_width for sample in samples],
         "source_height": [sample.source_height for sample in samples],
         "label": [sample.label for sample in samples],
@@ -189,9 +189,9 @@ def write_rejects(rejects: Sequence[RejectedSample]) -> bytes:
     """Rejected samples as Parquet bytes, in the order given."""
     rows = {
         "sample_id": [sample.sample_id for sample in rejects],
-        "source": [as_text(sample.source) for sample in rejects],
+        "source": [to_utf8(sample.source) for sample in rejects],
         "reason": [sample.reason for sample in rejects],
-        "message": [as_text(sample.message) for sample in rejects],
+        "message": [to_utf8(sample.message) for sample in rejects],
     }
     return write_table(pa.table(rows, schema=REJECTS_SCHEMA))
 

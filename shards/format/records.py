@@ -65,7 +65,7 @@ class RejectedSample:
     message: str
 
 
-def as_text(name: str) -> str:
+def to_utf8(name: str) -> str:
     r"""A name as valid UTF-8 text: bytes of a file name that are not UTF-8 are written as `\xff`.
 
     Python hands such names over with surrogates in them, which neither Parquet nor JSON can store.

@@ -25,7 +25,7 @@ from pipeline.draws import permute
 from pipeline.errors import InputError
 from pipeline.storage import FileStat
 from pipeline.training.metrics import Progress
-from shards.format.records import as_text
+from shards.format.records import to_utf8
 from shards.pixels.decode import Rejected
 from shards.sources import parquet as source_parquet
 from shards.sources import tars as source_tars
@@ -55,7 +55,7 @@ class SourceConfig:
     @property
     def origin(self) -> dict[str, Any]:
         """What decides the listing, as JSON."""
-        return {**dataclasses.asdict(self), "url": as_text(storage.absolute(self.url))}
+        return {**dataclasses.asdict(self), "url": to_utf8(storage.absolute(self.url))}
 
 
 # ------------------------------------------------------------------------------------------------ listing
@@ -75,8 +75,8 @@ def list_sources(config: SourceConfig, cluster: ClusterConfig) -> Sources:
         sources = _list_folder(config, files)
     else:
         for file in files:
-            if as_text(file.url) != file.url:
-                raise InputError(f"{as_text(file.url)} is not a UTF-8 name; rename the file")
+            if to_utf8(file.url) != file.url:
+                raise InputError(f"{to_utf8(file.url)} is not a UTF-8 name; rename the file")
         sources = _list_containers(config, kind, files, cluster)
         if _is_sorted_by_label(sources.table):
             print(
@@ -90,7 +90,7 @@ def list_sources(config: SourceConfig, cluster: ClusterConfig) -> Sources:
 def _detect(url: str) -> tuple[SourceKind, list[FileStat]]:
     """The kind of a source and its files, sorted."""
     location = storage.absolute(url)
-    shown = as_text(location)
+    shown = to_utf8(location)
     kinds: dict[str, SourceKind] = {".tar": "tars", ".parquet": "parquet"}
     try:
         found = storage.stat(location)
@@ -125,7 +125,7 @@ def _detect(url: str) -> tuple[SourceKind, list[FileStat]]:
             hidden = [file for file in beside if not _is_side_file(file.url)]
             if hidden:
                 raise InputError(
-                    f"{shown} holds {suffix} files and {as_text(storage.name(hidden[0].url))}; "
+                    f"{shown} holds {suffix} files and {to_utf8(storage.name(hidden[0].url))}; "
                     f"name those to read with a pattern such as {shown}/*{suffix}"
                 )
             return kind, chosen
@@ -158,8 +158,8 @@ def _expand(pattern: str) -> list[FileStat]:
             url = f"{folder}/{name}"
             found = storage.stat(url)
             if found is None:
-                name = as_text(url)
-                raise InputError(f"{name}, one of {as_text(pattern)}, does not exist; check the pattern")
+                name = to_utf8(url)
+                raise InputError(f"{name}, one of {to_utf8(pattern)}, does not exist; check the pattern")
             files.append(dataclasses.replace(found, url=url))
     return list({file.url: file for file in files}.values())
 
@@ -187,7 +187,7 @@ def _list_folder(config: SourceConfig, files: list[FileStat]) -> Sources:
         folder = _folder(file.url[len(root) + 1 :])
         if config.labels == "top_folder":
             folder = folder.partition("/")[0]
-        folders.append(as_text(folder) if folder and config.labels != "none" else None)
+        folders.append(to_utf8(folder) if folder and config.labels != "none" else None)
     # By column: a row object for each of many million files would take gigabytes.
     count = len(files)
     columns = {field.name: pa.nulls(count, field.type) for field in SCHEMA} | {
@@ -216,12 +216,12 @@ def _list_containers(
     results = [listed[number] for number in range(len(files))]
     if not any(result.rows for result in results):
         raise InputError(
-            f"{as_text(storage.absolute(config.url))} holds no images; check the path or URL of the source"
+            f"{to_utf8(storage.absolute(config.url))} holds no images; check the path or URL of the source"
         )
     named = {result.class_names for result in results if result.class_names is not None}
     if len(named) > 1:
         raise InputError(
-            f"the files of {as_text(config.url)} disagree about their class names; prepare them apart"
+            f"the files of {to_utf8(config.url)} disagree about their class names; prepare them apart"
         )
     table = pa.concat_tables([table_of(result.rows) for result in results]).combine_chunks()
     labels = list(itertools.chain.from_iterable(result.labels for result in results))

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import InputError
-from shards.format.records import as_text
+from shards.format.records import to_utf8
 from shards.sources.table import Source
 from shards.sources.tars import ListedFile, class_name
 
@@ -209,4 +209,4 @@ def _huggingface_names(schema: pa.Schema, label_name: str | None) -> tuple[str, 
         names = info["info"]["features"][label_name]["names"]
     except (KeyError, ValueError, TypeError, RecursionError):
         return None
-    return tuple(as_text(str(name)) for name in names) if isinstance(names, list) else None
+    return tuple(to_utf8(str(name)) for name in names) if isinstance(names, list) else None

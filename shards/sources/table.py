@@ -16,7 +16,7 @@ from pipeline import storage
 from pipeline.artifacts import sha256_hex
 from pipeline.draws import SPLITMIX_STEP, splitmix
 from pipeline.errors import InputError
-from shards.format.records import as_text
+from shards.format.records import to_utf8
 
 SOURCES = "sources.parquet"
 SOURCES_VERSION = 1
@@ -71,8 +71,8 @@ class Source:
     def name(self) -> str:
         """`URL`, `URL#member` or `URL#row=7`, as valid text."""
         if self.member is not None:
-            return as_text(f"{self.url}#{os.fsdecode(self.member)}")
-        return as_text(f"{self.url}#row={self.row}" if self.row >= 0 else self.url)
+            return to_utf8(f"{self.url}#{os.fsdecode(self.member)}")
+        return to_utf8(f"{self.url}#row={self.row}" if self.row >= 0 else self.url)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from pipeline import storage
 from pipeline.errors import InputError
-from shards.format.records import as_text
+from shards.format.records import to_utf8
 from shards.format.tar import TarError, TarMember, iter_members
 from shards.sources.table import Source
 
@@ -180,4 +180,4 @@ def _number_or_name(text: str) -> int | str | None:
 
 def class_name(text: str) -> str | None:
     """A name that may stand in a manifest; None for what is no name but a text or nothing."""
-    return as_text(text) if 0 < len(text) <= _MAX_CLASS_NAME else None
+    return to_utf8(text) if 0 < len(text) <= _MAX_CLASS_NAME else None

@@ -301,6 +301,9 @@ def _check_belongs(plan: Plan, item: Item, built: BuiltShard) -> None:
         )
     if built.view not in (None, item.view):
         raise CommitError(f"{item.name}: the samples are of view {built.view}")
+    names, label = plan.class_names, built.max_label
+    if names is not None and label is not None and label >= len(names):
+        raise CommitError(f"{item.name}: label {label} is none of the {len(names)} classes of the plan")
     tokenizer = plan.tokenizer
     expected = None if tokenizer is None else (*tokenizer.grid, tokenizer.codebook_size)
     given = None if built.grid is None else (*built.grid, built.codebook_size)

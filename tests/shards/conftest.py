@@ -58,7 +58,7 @@ def make_sample() -> Callable[..., StoredSample]:
     def make(sample_id: int, view: int = 0, *, tokens: bool = True, size: int = 16) -> StoredSample:
         rng = np.random.default_rng([sample_id, view])
         pixels = rng.integers(0, 256, (size, size, 3), np.uint8)
-        top, left, height, width = (int(side) for side in rng.integers(1, 30, 4))
+        top, left, height, width = (int(side) for side in rng.integers(1, 25, 4))
         return StoredSample(
             sample_id=sample_id,
             view=view,

@@ -188,6 +188,16 @@ def test_damage_between_building_and_publishing_is_noticed(
 
 
 def test_a_crop_box_of_any_values_survives(make_sample: MakeSample) -> None:
-    box = CropBox(top=0, left=30_000, height=1, width=2**31 - 1)
-    built = build_tokens([dataclasses.replace(make_sample(0), crop=box)])
+    box = CropBox(top=0, left=30_000, height=1, width=2**31 - 30_001)
+    built = build_tokens([dataclasses.replace(make_sample(0), crop=box, source_width=2**31 - 1)])
     assert read_index(built.index).column("crop").to_pylist() == [dataclasses.asdict(box)]
+
+
+@pytest.mark.parametrize("change", [{"top": -1}, {"left": 65}, {"height": 0}, {"height": 49}, {"width": 64}])
+def test_a_crop_outside_its_source_is_refused(make_sample: MakeSample, change: dict[str, int]) -> None:
+    sample = dataclasses.replace(
+        make_sample(0), crop=CropBox(**{"top": 0, "left": 1, "height": 48, "width": 63})
+    )
+    build_tokens([sample])
+    with pytest.raises(BuildError, match="0000000000-00 is not inside its source of 64 x 48"):
+        build_tokens([dataclasses.replace(sample, crop=dataclasses.replace(sample.crop, **change))])

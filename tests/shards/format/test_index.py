@@ -23,7 +23,7 @@ from shards.format.index import (
     write_index,
     write_rejects,
 )
-from shards.format.records import RejectedSample, StoredSample, as_text
+from shards.format.records import RejectedSample, StoredSample, to_utf8
 
 GRID = (2, 3)
 PLACE = ["key", "sample_id", "view", "image_offset", "image_bytes", "image_hash"]
@@ -169,11 +169,11 @@ def test_units_and_types_stand_in_the_schema() -> None:
     assert [field.name for field in schema if field.nullable] == ["jitter", "label"]
 
 
-def test_names_that_are_not_utf8_are_stored_as_text(make_sample: Callable[..., StoredSample]) -> None:
+def test_names_that_are_not_utf8_are_stored_as_utf8(make_sample: Callable[..., StoredSample]) -> None:
     name = b"/data/caf\xe9.jpg".decode("utf-8", "surrogateescape")
-    assert as_text(name) == "/data/caf\\xe9.jpg"
-    assert as_text("/data/café.jpg") == "/data/café.jpg"
-    assert as_text("\ud800") == "\\ud800"
+    assert to_utf8(name) == "/data/caf\\xe9.jpg"
+    assert to_utf8("/data/café.jpg") == "/data/café.jpg"
+    assert to_utf8("\ud800") == "\\ud800"
     table = read_index(write_index([dataclasses.replace(make_sample(1), source=name)], [0], GRID, 16))
     assert table.column("source").to_pylist() == ["/data/caf\\xe9.jpg"]
 

@@ -21,7 +21,7 @@ from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from shards.dataset.dataset import Dataset, open_dataset
 from shards.dataset.rows import read_shard_index
-from shards.format.records import as_text
+from shards.format.records import to_utf8
 from shards.pixels.decode import FORMATS, REASONS, DecodeConfig, Rejected, decode, decode_image
 from shards.writer import commit
 from shards.writer.prepare import PrepareConfig, prepare_images
@@ -93,7 +93,7 @@ def check(root: Path, dataset: Dataset, files: dict[bytes, bytes]) -> dict[str, 
     """Assert that regular files met the fate that plain Pillow decides; the other rejects are returned."""
     written, rejected = account(dataset)
     for name, data in files.items():
-        source = as_text(os.fsdecode(os.fsencode(root) + b"/" + name))
+        source = to_utf8(os.fsdecode(os.fsencode(root) + b"/" + name))
         expected = oracle(data)
         if expected is None:
             assert source not in written, f"{source} was written, but Pillow cannot decode it"

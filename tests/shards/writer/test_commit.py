@@ -599,3 +599,15 @@ def test_on_s3_as_on_disk(tmp_path: Path, s3_url: str, small_dataset: MakeDatase
     storage.put(f"{s3_url}/other/thing", b"")
     with pytest.raises(InputError, match="something else"):
         start(f"{s3_url}/other", dataset.plan)
+
+
+def test_a_label_beyond_the_classes_is_refused(tmp_path: Path, small_dataset: MakeDataset) -> None:
+    small = small_dataset(rejected={})
+    start(str(tmp_path), small.plan)
+    item = next(items(small.plan))
+    samples, _ = small.content(item)
+    built = build_shard(
+        [dataclasses.replace(sample, label=3) for sample in samples], [], grid=(2, 3), codebook_size=16
+    )
+    with pytest.raises(CommitError, match="label 3 is none of the 3 classes"):
+        commit(str(tmp_path), small.plan, item, built)
