@@ -29,7 +29,7 @@ from shards.sources.listing import SourceConfig, list_sources
 from shards.sources.table import Source, rows_of
 from shards.sources.tars import IMAGE_EXTENSIONS
 from shards.writer.commit import PLAN
-from shards.writer.prepare import PARTS, PrepareConfig, prepare_images
+from shards.writer.prepare import SPLITS, PrepareConfig, prepare_images
 
 BENCHMARKS = {"imagenet_a": "ImageNet-A", "imagenet_r": "ImageNet-R", "imagenet_sketch": "ImageNet-Sketch"}
 """Titles of the published sets, by name."""
@@ -100,7 +100,7 @@ def look_at(name: str, url: str, cluster: ClusterConfig) -> ImageSet:
 
     Writes nothing. InputError where there is nothing, or nothing finished.
     """
-    places = (MANIFEST, PLAN, *(storage.join(part, MANIFEST) for part in PARTS))
+    places = (MANIFEST, PLAN, *(storage.join(part, MANIFEST) for part in SPLITS))
     if any(storage.exists(storage.join(url, place)) for place in places):
         dataset = open_dataset(url, "images")
         return ImageSet(

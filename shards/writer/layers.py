@@ -16,12 +16,12 @@ from pipeline.errors import InputError
 from shards.dataset.dataset import ShardTable, views_url
 from shards.format.build import BuildError, BuiltShard, PixelTar
 from shards.format.index import (
-    FORMAT_VERSION,
     MAX_CODEBOOK_SIZE,
     METADATA_KEY,
     as_numpy,
     codes_column,
     codes_of,
+    index_header,
     index_schema,
     read_index,
     write_table,
@@ -30,29 +30,14 @@ from shards.format.manifest import Recipe, ShardInfo, TokenizerSpec
 from shards.format.plan import Plan
 from shards.format.records import sample_key
 
-COLUMNS = ("key", "sample_id", "view", "codes")
 _DATASET = "../../.."
 """The dataset as seen from a part of a layer, `codes/<tokenizer>/v<first view>`."""
-
-
-def layer_schema(grid: tuple[int, int], codebook_size: int) -> pa.Schema:
-    """Columns of a code layer's index, as in that of a token dataset; the metadata names kind `codes`."""
-    tokens = index_schema(grid, codebook_size)
-    header = {
-        "format_version": FORMAT_VERSION,
-        "kind": "codes",
-        "grid": list(grid),
-        "codebook_size": codebook_size,
-    }
-    metadata = {METADATA_KEY: json.dumps(header, sort_keys=True).encode()}
-    return pa.schema([tokens.field(name) for name in COLUMNS], metadata=metadata)
 
 
 def layer_plan(pixels: ShardTable, tokenizer: TokenizerSpec, recipe: Recipe) -> Plan:
     """The plan of a code layer for one part of a dataset: a shard of codes for every shard of its crops.
 
-    What the pixels' pass rejected is not read again:
-    here only stored crops come in. Raises InputError where they do not fit the tokenizer.
+    Raises InputError where the stored crops do not fit the tokenizer.
     """
     manifest, stored = pixels.manifest, pixels.manifest.require_tokenizer()
     if tokenizer.fingerprint == stored.fingerprint:
@@ -92,9 +77,10 @@ def build_layer_shard(
 ) -> BuiltShard:
     """One shard of a layer, its index re-read and compared.
 
-    `pixels` is the shard of crops, of the part whose views begin with `first_view`; `sample_ids` int64 [n]
-    are the rows of its index in order, `codes` uint16 [n, grid area] theirs. The same arguments give the
-    same bytes. Raises BuildError where the codes cannot be this shard's.
+    The index has the columns named here as in a token dataset; its metadata names kind `codes`. `pixels` is
+    the shard of crops, of the part whose views begin with `first_view`; `sample_ids` int64 [n] are the rows
+    of its index in order, `codes` uint16 [n, grid area] theirs. The same arguments give the same bytes.
+    Raises BuildError where the codes cannot be this shard's.
     """
     if codes.dtype != np.uint16 or codes.shape != (pixels.samples, grid[0] * grid[1]):
         raise BuildError(
@@ -114,7 +100,11 @@ def build_layer_shard(
         "view": np.full(pixels.samples, pixels.view, np.int8),
         "codes": codes_column(list(codes), grid[0] * grid[1]),
     }
-    index = write_table(pa.table(columns, schema=layer_schema(grid, codebook_size)))
+    tokens = index_schema(grid, codebook_size)
+    header = index_header(tokens) | {"kind": "codes"}
+    metadata = {METADATA_KEY: json.dumps(header, sort_keys=True).encode()}
+    schema = pa.schema([tokens.field(name) for name in columns], metadata=metadata)
+    index = write_table(pa.table(columns, schema=schema))
     stored = read_index(index)
     same = np.array_equal(as_numpy(stored.column("sample_id").combine_chunks()), sample_ids)
     if not same or not np.array_equal(codes_of(stored), codes):

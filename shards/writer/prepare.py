@@ -10,7 +10,7 @@ import functools
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,7 @@ from pipeline.config import ASIDE, PLACE, identity
 from pipeline.errors import InputError
 from pipeline.training.metrics import Progress
 from shards.format.build import MAX_SHARD_BYTES, MAX_SHARD_SAMPLES, BuiltShard, ForeignTar, build_shard
-from shards.format.manifest import MANIFEST, Manifest, Recipe, read_manifest
+from shards.format.manifest import MANIFEST, Manifest, Recipe
 from shards.format.plan import Item, Plan
 from shards.format.records import RejectedSample, StoredSample
 from shards.pixels.decode import DecodeConfig, Rejected, decode, decode_config_of, decode_image, decode_recipe
@@ -43,7 +43,7 @@ from shards.sources.table import (
 from shards.sources.tars import check_unchanged
 from shards.writer import commit
 
-PARTS = ("train", "val")
+SPLITS = ("train", "val")
 
 _READ_THREADS = 8
 _HASHED_IN_PROCESS_BYTES = 256 << 20  # a second or two: less than it takes to start workers
@@ -94,16 +94,6 @@ class PrepareConfig:
         if not 1 <= self.max_shard_bytes <= MAX_SHARD_BYTES:
             raise InputError(f"max_shard_bytes is {self.max_shard_bytes}; give 1 to {MAX_SHARD_BYTES}")
 
-    @property
-    def sources(self) -> SourceConfig:
-        return SourceConfig(
-            url=self.source,
-            labels=self.labels,
-            seed=self.seed,
-            image_column=self.image_column,
-            label_column=self.label_column,
-        )
-
 
 def prepare_images(config: PrepareConfig) -> None:
     """Write the image dataset, or the two of a split, and say what became of every source.
@@ -113,33 +103,30 @@ def prepare_images(config: PrepareConfig) -> None:
     """
     # Decoding needs no GPU; none is reserved where there are some.
     config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, use_gpu=False))
-    parts = _begun_parts(config, storage.absolute(config.output))
-    unfinished = [part for part in parts if not storage.exists(storage.join(part.root, MANIFEST))]
+    splits = _start_splits(config, storage.absolute(config.output))
+    unfinished = [split for split in splits if not storage.exists(storage.join(split.root, MANIFEST))]
     if unfinished:
         _write_shards(config, unfinished)
-    for part in parts:
-        if part in unfinished:
-            manifest = commit.finish(
-                part.root, part.plan, functools.partial(decode_image, config=config.decode)
-            )
-        else:
-            manifest = read_manifest(part.root)
-            print(f"{part.root} is finished already", flush=True)
-        _print_account(part.root, manifest)
+    for split in splits:
+        if split not in unfinished:
+            print(f"{split.root} is finished already", flush=True)
+        decode_stored = functools.partial(decode_image, config=config.decode)
+        _print_account(split.root, commit.finish(split.root, split.plan, decode_stored))
 
 
-def _begun_parts(config: PrepareConfig, output: str) -> list[Part]:
+def _start_splits(config: PrepareConfig, output: str) -> list[Split]:
     """The one dataset or the two of a split, listed and planned; the listing is held no longer than that."""
     sources = _frozen_sources(config, output)
     if config.val_fraction == 0:
-        return [_begin(config, output, sources)]
-    parts: list[Part] = []
-    for name, chosen in zip(PARTS, split_by_content(sources, config.val_fraction, config.seed), strict=True):
+        return [_start(config, output, sources)]
+    splits: list[Split] = []
+    chosen = split_by_content(sources, config.val_fraction, config.seed)
+    for name, split_sources in zip(SPLITS, chosen, strict=True):
         root = storage.join(output, name)
-        frozen = freeze(storage.join(root, SOURCES), chosen)
-        _check_origin(root, frozen, chosen.origin)
-        parts.append(_begin(config, root, frozen))
-    return parts
+        frozen = freeze(storage.join(root, SOURCES), split_sources)
+        _check_origin(root, frozen, split_sources.origin)
+        splits.append(_start(config, root, frozen))
+    return splits
 
 
 # ------------------------------------------------------------------------------------------------ sources
@@ -151,19 +138,25 @@ def _frozen_sources(config: PrepareConfig, output: str) -> Sources:
     A split is a function of this listing, contents hashed, so it cannot come out differently on a rerun.
     """
     url = storage.join(output, SOURCES)
-    origin = {**config.sources.origin, "val_fraction": config.val_fraction}
+    listing = SourceConfig(
+        url=config.source,
+        labels=config.labels,
+        seed=config.seed,
+        image_column=config.image_column,
+        label_column=config.label_column,
+    )
+    origin = {**listing.origin, "val_fraction": config.val_fraction}
     sources = load_sources(url)
     if sources is None:
-        stranger = next(storage.list_files(output), None)
-        if stranger is not None and not storage.exists(url):
+        other_file = next(storage.list_files(output), None)
+        if other_file is not None and not storage.exists(url):
             raise InputError(f"{output} already holds something else; choose another output or empty it")
-        sources = dataclasses.replace(list_sources(config.sources, config.cluster), origin=origin)
+        sources = dataclasses.replace(list_sources(listing, config.cluster), origin=origin)
         print(f"found {len(sources):,} sources at {origin['url']}", flush=True)
         if config.val_fraction > 0:
             sources = _hashed(config, sources)
-            split_by_content(
-                sources, config.val_fraction, config.seed
-            )  # an empty part is said before writing
+            # raises for an empty split before anything is written
+            split_by_content(sources, config.val_fraction, config.seed)
         sources = freeze(url, sources)
     _check_origin(output, sources, origin)
     return sources
@@ -200,9 +193,9 @@ def _hashed(config: PrepareConfig, sources: Sources) -> Sources:
     cluster = config.cluster
     if int(sources.table.column("bytes").to_numpy().sum()) <= _HASHED_IN_PROCESS_BYTES:
         cluster = dataclasses.replace(cluster, num_workers=0)
-    for first_id, found in map_items(ranges, functools.partial(_Hasher, config), cluster):
-        hashes[first_id : first_id + len(found)] = found
-        progress.update(len(found))
+    for first_id, of_range in map_items(ranges, functools.partial(_Hasher, config), cluster):
+        hashes[first_id : first_id + len(of_range)] = of_range
+        progress.update(len(of_range))
     progress.close()
     return with_hashes(sources, hashes)
 
@@ -211,24 +204,18 @@ class _Hasher:
     """Hashes the contents of a range of sources."""
 
     def __init__(self, config: PrepareConfig) -> None:
-        self._config = config
+        self._column, self._max_file_bytes = config.image_column, config.decode.max_file_bytes
         self._pool = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="read")
 
     def __call__(self, item: _Range) -> tuple[int, list[bytes | None]]:
-        images = _images(item.rows, self._config, self._pool)
+        images = read_sources(
+            item.rows, image_column=self._column, max_file_bytes=self._max_file_bytes, pool=self._pool
+        )
         hashes = [None if isinstance(image, Rejected) else hashlib.sha256(image).digest() for image in images]
         return item.first_id, hashes
 
 
-def _images(
-    rows: list[Source], config: PrepareConfig, pool: ThreadPoolExecutor
-) -> Iterator[bytes | Rejected]:
-    return read_sources(
-        rows, image_column=config.image_column, max_file_bytes=config.decode.max_file_bytes, pool=pool
-    )
-
-
-# ------------------------------------------------------------------------------------------------ one dataset
+# ------------------------------------------------------------------------------------------------ datasets
 
 
 def plan_ranges(sources: Sources, config: PrepareConfig) -> tuple[int, ...]:
@@ -242,7 +229,11 @@ def plan_ranges(sources: Sources, config: PrepareConfig) -> tuple[int, ...]:
     if sources.kind == "tars":
         files = table.column("path").combine_chunks().dictionary_encode().indices.to_numpy()
         cuts = [*(np.flatnonzero(np.diff(files)) + 1).tolist(), len(table)]
-        ends = np.cumsum(_steps(table.column("offset").to_numpy() + num_bytes, cuts))
+        reached = table.column("offset").to_numpy() + num_bytes
+        steps = np.empty_like(reached)
+        for first, end in itertools.pairwise([0, *cuts]):
+            steps[first:end] = np.diff(np.maximum.accumulate(reached[first:end]), prepend=0)
+        ends = np.cumsum(np.maximum(steps, 0))
     else:
         unread = ~np.array(table.column("reject_reason").is_null())
         unread |= num_bytes > config.decode.max_file_bytes
@@ -257,18 +248,25 @@ def plan_ranges(sources: Sources, config: PrepareConfig) -> tuple[int, ...]:
     return tuple(first_ids)
 
 
-def _steps(ends: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
-    """How far each row lies beyond those before it, in bytes; `cuts` are the ends of the tars, as rows."""
-    steps = np.empty_like(ends)
-    for first, end in itertools.pairwise([0, *cuts]):
-        reached = np.maximum.accumulate(ends[first:end])
-        steps[first:end] = np.diff(reached, prepend=0)
-    return np.maximum(steps, 0)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Split:
+    """A dataset in the making, the only one or train or val: where it goes, and its plan."""
+
+    root: str
+    plan: Plan
 
 
-def plan_dataset(config: PrepareConfig, sources: Sources) -> Plan:
-    """The plan of an image dataset: a function of the frozen listing and the settings."""
-    return Plan(
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One shard of one split, by the split's number."""
+
+    split: int
+    item: Item
+
+
+def _start(config: PrepareConfig, root: str, sources: Sources) -> Split:
+    """The dataset with its plan, a function of the frozen listing and the settings, written beside it."""
+    plan = Plan(
         kind="images",
         inputs={"sources": sources.fingerprint},
         recipe=Recipe(decode=decode_recipe(config.decode), image_column=config.image_column),
@@ -277,39 +275,20 @@ def plan_dataset(config: PrepareConfig, sources: Sources) -> Plan:
         class_names=sources.class_names,
         details={"source": {"kind": sources.kind, **sources.origin}},
     )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
-    """A dataset in the making: where it goes, and its plan."""
-
-    root: str
-    plan: Plan
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """One shard of one part, by the part's number."""
-
-    part: int
-    item: Item
-
-
-def _begin(config: PrepareConfig, root: str, sources: Sources) -> Part:
-    plan = commit.start(root, plan_dataset(config, sources), beside=(SOURCES, commit.RUN_CONFIG))
+    plan = commit.start(root, plan, beside=(SOURCES, commit.RUN_CONFIG))
     commit.record_run(root, identity(config))
-    return Part(root=root, plan=plan)
+    return Split(root=root, plan=plan)
 
 
-def _write_shards(config: PrepareConfig, parts: list[Part]) -> None:
-    """All parts in one pass: starting workers takes seconds, and is paid once."""
-    todo = [commit.unfinished(part.root, part.plan) for part in parts]
-    work = (Work(part=number, item=item) for number, items in enumerate(todo) for item in items)
-    total = sum(part.plan.first_ids[-1] for part in parts)
+def _write_shards(config: PrepareConfig, splits: list[Split]) -> None:
+    """All splits in one pass: starting workers takes seconds, and is paid once."""
+    todo = [commit.unfinished(split.root, split.plan) for split in splits]
+    work = (Work(split=number, item=item) for number, items in enumerate(todo) for item in items)
+    total = sum(split.plan.first_ids[-1] for split in splits)
     done = total - sum(items.samples for items in todo)
     progress = Progress("preparing", total, "images", done=done)
     rejected = 0
-    for samples, rejects in map_items(work, functools.partial(Preparer, parts), config.cluster):
+    for samples, rejects in map_items(work, functools.partial(Preparer, splits), config.cluster):
         rejected += rejects
         progress.update(samples + rejects, rejected=rejected)
     progress.close(rejected=rejected)
@@ -318,14 +297,14 @@ def _write_shards(config: PrepareConfig, parts: list[Part]) -> None:
 class Preparer:
     """Writes the shard of one id range: read, decode to prove, build, commit. Returns (written, rejected)."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = parts
+    def __init__(self, splits: Sequence[Split]) -> None:
+        self._splits = splits
         self._pool = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="read")
 
     def __call__(self, work: Work) -> tuple[int, int]:
-        part, item = self._parts[work.part], work.item
-        rows = load_rows(storage.join(part.root, SOURCES), item.first_id, item.end_id)
-        receipt = commit.commit(part.root, part.plan, item, make_item(part.plan, item, rows, self._pool))
+        root, plan, item = self._splits[work.split].root, self._splits[work.split].plan, work.item
+        rows = load_rows(storage.join(root, SOURCES), item.first_id, item.end_id)
+        receipt = commit.commit(root, plan, item, make_item(plan, item, rows, self._pool))
         return receipt.samples, sum(receipt.rejected.values())
 
 
@@ -339,38 +318,35 @@ def make_item(plan: Plan, item: Item, rows: list[Source], pool: ThreadPoolExecut
     rejects: list[RejectedSample] = []
     for sample_id, (source, image) in enumerate(zip(rows, images, strict=True), item.first_id):
         try:
-            samples.append(_sample(sample_id, source, image, decode_config, in_place))
-        except Rejected as rejected:
-            reason, message = rejected.reason, rejected.message
+            if isinstance(image, Rejected):
+                raise image
+            decoded = decode(image, decode_config)
+        except Rejected as error:
             rejects.append(
-                RejectedSample(sample_id=sample_id, source=source.name, reason=reason, message=message)
+                RejectedSample(
+                    sample_id=sample_id, source=source.name, reason=error.reason, message=error.message
+                )
             )
+            continue
+        height, width = decoded.pixels.shape[:2]
+        samples.append(
+            StoredSample(
+                sample_id=sample_id,
+                view=0,
+                image=image,
+                extension=decoded.extension,
+                source=source.name,
+                source_width=width,
+                source_height=height,
+                label=source.label,
+                image_offset=source.offset if in_place else None,
+            )
+        )
     foreign = None
     if in_place:
         tar = check_unchanged(rows[0].url, rows[0].version)
         foreign = ForeignTar(url=tar.url, bytes=tar.bytes, version=tar.version)
     return build_shard(samples, rejects, grid=None, codebook_size=None, foreign=foreign)
-
-
-def _sample(
-    sample_id: int, source: Source, image: bytes | Rejected, config: DecodeConfig, in_place: bool
-) -> StoredSample:
-    """The sample, its image decoded once and found readable; raises Rejected."""
-    if isinstance(image, Rejected):
-        raise image
-    decoded = decode(image, config)
-    height, width = decoded.pixels.shape[:2]
-    return StoredSample(
-        sample_id=sample_id,
-        view=0,
-        image=image,
-        extension=decoded.extension,
-        source=source.name,
-        source_width=width,
-        source_height=height,
-        label=source.label,
-        image_offset=source.offset if in_place else None,
-    )
 
 
 def _print_account(root: str, manifest: Manifest) -> None:

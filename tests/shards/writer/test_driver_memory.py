@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -16,18 +17,12 @@ from shards.format import manifest
 from shards.format.build import build_shard
 from shards.format.manifest import ProbeEntry, ShardInfo
 from shards.format.plan import Item, Plan, items
-from shards.format.records import StoredSample
 from shards.pixels.views import decode_crop
 from shards.writer import commit
 
 
 def plan_of(shards: int, samples: int) -> Plan:
-    return Plan(
-        kind="images",
-        inputs={"sources": "a" * 64},
-        first_ids=tuple(range(0, shards * samples + 1, samples)),
-        views=1,
-    )
+    return Plan(kind="images", inputs={}, first_ids=tuple(range(0, shards * samples + 1, samples)), views=1)
 
 
 def peak(work: Callable[[], object]) -> int:
@@ -53,19 +48,8 @@ def test_ten_times_the_samples_take_no_more(tmp_path, make_sample):
         plan = plan_of(40, samples)
         root = tmp_path / str(samples)
         for item in items(commit.start(str(root), plan)):
-            stored = [
-                StoredSample(
-                    sample_id=sample_id,
-                    view=0,
-                    image=image.image,
-                    extension="jpg",
-                    source=image.source,
-                    source_width=64,
-                    source_height=48,
-                    label=None,
-                )
-                for sample_id in range(item.first_id, item.end_id)
-            ]
+            ids = range(item.first_id, item.end_id)
+            stored = [dataclasses.replace(image, sample_id=sample_id) for sample_id in ids]
             commit.commit(str(root), plan, item, build_shard(stored, [], grid=None, codebook_size=None))
         peaks.append(peak(lambda root=root, plan=plan: drive(root, plan)))
         assert open_dataset(str(root)).num_samples() == 40 * samples
