@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -71,7 +72,7 @@ def run_job(main: Callable[[ConfigT], object], config_class: type[ConfigT]) -> N
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as JSON-able values: tuples become lists."""
-    return {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def identity(config: Any) -> dict[str, Any]:
@@ -105,14 +106,6 @@ def _explicit_flags(config_class: type[Any], argv: Sequence[str] | None) -> list
         f"{word}=true" if word in flags and after.startswith("--") else word
         for word, after in zip(words, following, strict=False)
     ]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value
 
 
 def _module_name() -> str:
