@@ -55,6 +55,14 @@ def test_plain_pyarrow_reads_the_whole_index_as_one_table(written: tuple[Path, l
     files = [str(root / path) for path in shard_table.column("index").to_pylist()]
     table = pyarrow.dataset.dataset(files).to_table()
 
+    schema = pq.read_schema(files[0])
+    assert json.loads(schema.metadata[b"beit2_shards"])["grid"] == [2, 3]
+    assert schema.field("image_offset").metadata[b"unit"] == b"bytes from the start of the tar"
+    rejects = pyarrow.dataset.dataset(str(root / "rejects")).to_table().to_pylist()
+    assert {(row["sample_id"], row["source"], row["reason"]) for row in rejects} == {
+        (5, "s3://bucket/images/5.png", "truncated")
+    }
+
     assert table.num_rows == manifest["samples_written"] == len(samples)
     assert table.column("key").to_pylist() == [sample.key for sample in samples]
     assert table.column("label").to_pylist() == [sample.label for sample in samples]
@@ -86,18 +94,3 @@ def test_offsets_of_the_index_lead_to_the_images_without_a_tar_library(
         for row in pq.read_table(root / shard["index"]).to_pylist():
             images[row["key"]] = archive[row["image_offset"] : row["image_offset"] + row["image_bytes"]]
     assert images == {sample.key: sample.image for sample in samples}
-
-
-def test_units_of_the_columns_stand_in_the_files(written: tuple[Path, list[StoredSample]]) -> None:
-    root, _ = written
-    schema = pq.read_schema(next((root / "index").iterdir()))
-    assert json.loads(schema.metadata[b"beit2_shards"])["grid"] == [2, 3]
-    assert schema.field("image_offset").metadata[b"unit"] == b"bytes from the start of the tar"
-
-
-def test_rejects_are_a_table_with_reason_and_origin(written: tuple[Path, list[StoredSample]]) -> None:
-    root, _ = written
-    rows = pyarrow.dataset.dataset(str(root / "rejects")).to_table().to_pylist()
-    assert {(row["sample_id"], row["source"], row["reason"]) for row in rows} == {
-        (5, "s3://bucket/images/5.png", "truncated")
-    }
