@@ -143,8 +143,8 @@ def _propose(
     top = (halves[:, :, 2] * (spec.height - height + 1)).astype(np.int64)
     left = (halves[:, :, 3] * (spec.width - width + 1)).astype(np.uint64)
 
-    one = np.uint64(1)
-    columns = ((one << width.astype(np.uint64)) - one) << left  # [A, T]
+    bit = np.uint64(1)
+    columns = ((bit << width.astype(np.uint64)) - bit) << left  # [A, T]
     # Patches the rectangle adds in each row of the grid; only rows inside it count.
     fresh = np.bitwise_count(columns[:, :, None] & ~rows[:, None, :])
     inside = _row_ranges(spec.height).take(top * (spec.height + 1) + height, axis=0)  # [A, T, height]

@@ -173,8 +173,8 @@ def _train(config: TokenizerTrainConfig, worker: Worker) -> None:
             "train_perplexity": usage.perplexity,
         }
         if val_images is not None:
-            found = validate(model, teacher, config, val_images, worker, journal.save_if_asked)
-            metrics |= {f"val_{name}": value for name, value in found.items()}
+            scores = validate(model, teacher, config, val_images, worker, journal.save_if_asked)
+            metrics |= {f"val_{name}": value for name, value in scores.items()}
         usage = CodeUsage(config.model.codebook_size, device)
         journal.save_together(
             TrainState(epoch=epoch + 1, step=step),

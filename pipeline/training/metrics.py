@@ -1,4 +1,4 @@
-"""What a long run says: progress lines with rate and ETA, and one record of figures per step.
+"""Figures of a long run: progress lines with rate and ETA, and one record of figures per step.
 
 Progress lines are whole lines, so that they stay legible in `ray job logs`.
 """

@@ -28,30 +28,30 @@ def check_labels(train: Dataset, val: Dataset | None) -> Labels:
     only val has.
     """
     names = train.manifest.class_names
-    found = _labels(train)
-    num_classes = int(found.max()) + 1 if names is None else len(names)
-    _check_range(train, found, num_classes)
+    labels = _labels(train)
+    num_classes = int(labels.max()) + 1 if names is None else len(names)
+    _check_range(train, labels, num_classes)
     if num_classes < 2:
         raise InputError(f"all images of {train.url} are of one class; there is nothing to learn")
     val_names = None if val is None else val.manifest.class_names
     if val is not None:
-        found = _labels(val)
-        _check_range(val, found, num_classes if names is None or val_names is None else len(val_names))
-        translate_labels(found, val_names, names)
+        labels = _labels(val)
+        _check_range(val, labels, num_classes if names is None or val_names is None else len(val_names))
+        translate_labels(labels, val_names, names)
     return Labels(num_classes=num_classes, class_names=names, val_class_names=val_names)
 
 
 def _labels(dataset: Dataset) -> np.ndarray:
     """A label int64 [N] for every image, of which there is at least one, or InputError."""
-    found = read_labels(dataset)
-    if not len(found):
+    labels = read_labels(dataset)
+    if not len(labels):
         raise InputError(f"{dataset.url} holds no images; prepare it from a folder that has some")
-    if missing := int((found == UNLABELLED).sum()):
+    if missing := int((labels == UNLABELLED).sum()):
         raise InputError(
-            f"{missing:,} of the {len(found):,} images of {dataset.url} have no label; prepare them from "
+            f"{missing:,} of the {len(labels):,} images of {dataset.url} have no label; prepare them from "
             "class folders, or leave them out"
         )
-    return found
+    return labels
 
 
 def _check_range(dataset: Dataset, labels: np.ndarray, num_classes: int) -> None:

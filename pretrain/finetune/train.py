@@ -252,14 +252,14 @@ def sum_scores(
         truth = torch.from_numpy(translate_labels(batch.labels, labels.val_class_names, labels.class_names))
         images = to_device(batch.pixels, device)
         micro = config.micro_batch_size or max(1, len(truth))
-        for pixels, wanted in zip(images.split(micro), truth.to(device).split(micro), strict=True):
-            if not len(wanted):
+        for pixels, classes in zip(images.split(micro), truth.to(device).split(micro), strict=True):
+            if not len(classes):
                 continue  # a rank may have no part in the last batch
             with autocast(device, dtype):
                 logits = model(model.normalize(pixels)).float()
-            hits = logits.topk(min(TOP_K, labels.num_classes), dim=1).indices == wanted[:, None]
-            loss = nn.functional.cross_entropy(logits, wanted, reduction="sum")
-            counts = [loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(wanted), device=device)]
+            hits = logits.topk(min(TOP_K, labels.num_classes), dim=1).indices == classes[:, None]
+            loss = nn.functional.cross_entropy(logits, classes, reduction="sum")
+            counts = [loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(classes), device=device)]
             sums += torch.stack([count.double() for count in counts])
         if progress is not None:
             progress.update(batch.global_size)
