@@ -101,11 +101,6 @@ def test_a_range_of_rejects_only_still_is_a_shard() -> None:
     assert (built.samples, built.rejected, built.view) == (0, {"truncated": 2}, None)
 
 
-def test_the_same_samples_give_the_same_bytes(make_sample: MakeSample) -> None:
-    first, second = (build_tokens([make_sample(i) for i in range(4)], [reject(9)]) for _ in range(2))
-    assert (first.tar, first.index, first.rejects) == (second.tar, second.index, second.rejects)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -71,19 +71,6 @@ def test_archives_of_every_usual_format_read_as_tarfile_reads_them(tar_format: i
     assert members == by_tarfile(archive) and len(members) >= 3
 
 
-def test_a_cut_anywhere_is_an_error_after_the_sound_members() -> None:
-    archive, _ = build_tar([("a.jpg", b"a" * 700), ("b.jpg", b""), ("c.jpg", b"c" * 512)])
-    whole = read_all(archive)
-    end_of_members = whole[-1].offset + 512
-    for cut in [*range(0, end_of_members, 100), *range(0, end_of_members + BLOCK, BLOCK)]:
-        seen: list[TarMember] = []
-        with pytest.raises(TarError, match="cut off"):
-            for member in iter_members(io.BytesIO(archive[:cut])):
-                seen.append(member)
-        # exactly the members that lie before the cut, payload and all
-        assert seen == [m for m in whole if m.offset + m.bytes <= cut]
-
-
 def test_every_flipped_header_byte_is_noticed_or_harmless() -> None:
     archive, _ = build_tar([("a.jpg", b"a" * 700), ("b.jpg", b"b")])
     second = BLOCK + 1024
@@ -94,47 +81,6 @@ def test_every_flipped_header_byte_is_noticed_or_harmless() -> None:
             continue  # the checksum field itself may still spell the same number
         with pytest.raises(TarError, match="damaged"):
             read_all(bytes(damaged))
-
-
-def test_links_devices_and_names_that_lead_outside_are_listed_but_flagged() -> None:
-    buffer = io.BytesIO()
-    cases = {
-        "/etc/passwd": (tarfile.REGTYPE, "unsafe_name"),
-        "../up.jpg": (tarfile.REGTYPE, "unsafe_name"),
-        "a/../../b.jpg": (tarfile.REGTYPE, "unsafe_name"),
-        "symlink.jpg": (tarfile.SYMTYPE, "link"),
-        "hardlink.jpg": (tarfile.LNKTYPE, "link"),
-        "fifo.jpg": (tarfile.FIFOTYPE, "special"),
-        "disk.jpg": (tarfile.BLKTYPE, "special"),
-        "a..b.jpg": (tarfile.REGTYPE, None),
-        "fine/c.jpg": (tarfile.REGTYPE, None),
-    }
-    with tarfile.open(fileobj=buffer, mode="w") as writer:
-        for name, (kind, _) in cases.items():
-            info = tarfile.TarInfo(name)
-            info.type = kind
-            info.linkname = "/etc/passwd"
-            payload = b"payload" if kind == tarfile.REGTYPE else b""
-            info.size = len(payload)
-            writer.addfile(info, io.BytesIO(payload))
-
-    found = read_all(buffer.getvalue())
-    assert {member.name: member.problem for member in found} == {
-        name: case[1] for name, case in cases.items()
-    }
-
-
-@pytest.mark.parametrize(
-    ("kind", "size", "message"),
-    [(tarfile.GNUTYPE_SPARSE, 0, "sparse"), (tarfile.GNUTYPE_LONGNAME, 8 << 30, "claims")],
-)
-def test_sparse_members_and_name_records_of_absurd_size_are_refused_unread(
-    kind: bytes, size: int, message: str
-) -> None:
-    info = tarfile.TarInfo("a.jpg")
-    info.type, info.size = kind, size
-    with pytest.raises(TarError, match=message):
-        read_all(info.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
 
 
 @settings(max_examples=200, deadline=None)

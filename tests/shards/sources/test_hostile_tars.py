@@ -130,6 +130,7 @@ def test_every_hostile_member_is_accounted_for_and_none_is_followed(tmp_path):
         "dotted.key.a.png": ("written", member("dotted.key.a.png", image_bytes(1))),
         "dotted.key.b.png": ("written", member("dotted.key.b.png", image_bytes(2))),
         "apart.png": ("written", member("apart.png", image_bytes(3))),
+        "up/a..b.png": ("written", member("up/a..b.png", image_bytes(9))),
         "long/" * 40 + "name.png": ("written", member("long/" * 40 + "name.png", image_bytes(4))),
         "pax/" * 40 + "ü.png": (
             "written",

@@ -251,19 +251,6 @@ def test_a_tar_that_changes_under_the_pass_is_an_error_that_names_it(tmp_path, m
         prepare(tar, tmp_path / "out")
 
 
-def test_nothing_in_a_tar_is_executed_or_unpacked(tmp_path):
-    command = b"cos\nsystem\n(S'touch %s'\ntR." % os.fsencode(tmp_path / "owned")
-    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n%%EOF"
-    members = [("1.png", image_bytes(1)), ("1.pyd", command), ("2.pickle", command), ("3.eps", postscript)]
-    outside = (f"../../{tmp_path.name}-out.png", image_bytes(2))
-    tar = write_tar(tmp_path / "in" / "a.tar", [*members, outside])
-    prepare(tar, tmp_path / "in" / "out")
-    assert os.listdir(tmp_path) == ["in"] and sorted(os.listdir(tmp_path / "in")) == ["a.tar", "out"]
-    manifest = open_dataset(str(tmp_path / "in" / "out")).manifest
-    assert manifest.samples_written == 1
-    assert manifest.samples_rejected == {"not_an_image": 2, "unsafe_name": 1}
-
-
 @pytest.mark.parametrize("val_fraction", [0, 0.4])
 def test_parquet_becomes_tars(tmp_path, val_fraction):
     images = [image_bytes(i, "JPEG") for i in range(11)] + [b"no image", None]
