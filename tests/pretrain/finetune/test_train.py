@@ -266,7 +266,6 @@ def test_the_reader_augments_and_crops_as_it_is_told(make_config: Make, backbone
 @pytest.mark.parametrize(
     ("labels", "val_labels", "val_names", "message"),
     [
-        ([0, 1, 4, 0], [0, 1], NAMES, r"label 4, but there are 4 classes"),
         ([0, 1, 2, 3], [0, 7], None, r"label 7, but there are 4 classes"),
         ([0, None, 2, None], [0, 1], NAMES, r"2 of the 4 images of .*train have no label"),
         ([0, 1, 2, 3], [0, None], NAMES, r"1 of the 2 images of .*val have no label"),
