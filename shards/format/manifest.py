@@ -9,7 +9,7 @@ import dataclasses
 import io
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -175,12 +175,34 @@ class TableName:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TokenizerSpec:
+class JsonBlock:
+    """A JSON object with known settings as fields; `other` holds what else was written, and nulls.
+
+    So `to_json` gives the same bytes again, whatever version wrote them.
+    """
+
+    other: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        names = [entry.name for entry in dataclasses.fields(self) if entry.name != "other"]
+        value = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        blocks = {name: block.to_json() for name, block in value.items() if isinstance(block, JsonBlock)}
+        return json.loads(json.dumps({**self.other, **value, **blocks}))
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """TypeError or ValueError where a field without a default is missing, or is none."""
+        names = {entry.name for entry in dataclasses.fields(cls)} - {"other"}
+        known = {key: entry for key, entry in value.items() if key in names and entry is not None}
+        return cls(**known, other={key: entry for key, entry in value.items() if key not in known})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerSpec(JsonBlock):
     """What a dataset records of the tokenizer that made its codes.
 
     `fingerprint` is that of the codes: the artifact's, `artifact_fingerprint`, and the encoder's precision.
-    `grid` are rows and columns of codes, `image_size` is the side of a crop in pixels. `other` holds whatever
-    else was written, so that `to_json` gives the same bytes again.
+    `grid` are rows and columns of codes, `image_size` is the side of a crop in pixels.
     """
 
     fingerprint: str
@@ -189,49 +211,34 @@ class TokenizerSpec:
     grid: tuple[int, int]
     artifact_fingerprint: str | None = None
     precision: EncoderPrecision | None = None
-    other: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rows, columns = self.grid
+        object.__setattr__(self, "grid", (rows, columns))
 
     @property
     def patch_size(self) -> int:
         """Side of the square of pixels that one code stands for."""
         return self.image_size // self.grid[1]
 
-    def to_json(self) -> dict[str, Any]:
-        return _to_json(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> TokenizerSpec:
-        """KeyError or TypeError where a block lacks what every code needs."""
-        rows, columns = value["grid"]
-        return cls(**{**_arguments(cls, value), "grid": (int(rows), int(columns))})
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EncodeRecipe:
+class EncodeRecipe(JsonBlock):
     """How a tokenizer ran: type of device, precision of the encoder, images at once, CPU threads."""
 
     device: str
     precision: EncoderPrecision
     batch_size: int
     threads: int
-    other: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return _to_json(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> EncodeRecipe:
-        return cls(**_arguments(cls, value))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
+class Recipe(JsonBlock):
     """Settings that decide the bytes of a dataset; those that its kind does not have are None.
 
     Image datasets have `decode` (see `decode.decode_config_of`) and the Parquet column they were read from;
     token datasets `views` (a `ViewPolicy`), `decode`, `encode` and the versions of the libraries that touch
-    pixels; code layers `encode` and `libraries`. `other` holds whatever else was written, so that `to_json`
-    gives the same bytes again.
+    pixels; code layers `encode` and `libraries`.
     """
 
     decode: dict[str, Any] | None = None
@@ -239,10 +246,13 @@ class Recipe:
     views: dict[str, Any] | None = None
     encode: EncodeRecipe | None = None
     libraries: dict[str, str] | None = None
-    other: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.encode, dict):
+            object.__setattr__(self, "encode", EncodeRecipe.from_json(self.encode))
 
     def require_decode(self) -> dict[str, Any]:
-        """`decode` of images, or of crops of images that were decoded so."""
+        """`decode` of images, or of the images that crops were made from."""
         if self.decode is None:
             raise InputError("the recipe does not say how images were decoded; prepare them again")
         return self.decode
@@ -258,32 +268,6 @@ class Recipe:
         if self.encode is None:
             raise InputError("the recipe does not say how the tokenizer was run; precompute tokens again")
         return self.encode
-
-    def to_json(self) -> dict[str, Any]:
-        encode = {} if self.encode is None else {"encode": self.encode.to_json()}
-        return {**_to_json(self), **encode}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Recipe:
-        arguments = _arguments(cls, value)
-        if "encode" in arguments:
-            arguments["encode"] = EncodeRecipe.from_json(arguments["encode"])
-        return cls(**arguments)
-
-
-def _arguments(kind: type[TokenizerSpec | EncodeRecipe | Recipe], value: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object as arguments of a record; what the record has no field for, and nulls, are `other`."""
-    names = {entry.name for entry in dataclasses.fields(kind)} - {"other"}
-    known = {key: entry for key, entry in value.items() if key in names and entry is not None}
-    return {**known, "other": {key: entry for key, entry in value.items() if key not in known}}
-
-
-def _to_json(record: TokenizerSpec | EncodeRecipe | Recipe) -> dict[str, Any]:
-    value = dataclasses.asdict(record)
-    other = value.pop("other")
-    return json.loads(
-        json.dumps({**other, **{key: entry for key, entry in value.items() if entry is not None}})
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -339,11 +323,9 @@ class Manifest:
         return self.require_tokenizer().grid
 
     def to_json(self) -> dict[str, Any]:
-        blocks = {
-            "recipe": self.recipe.to_json(),
-            "tokenizer": None if self.tokenizer is None else self.tokenizer.to_json(),
-        }
-        return json.loads(json.dumps({**dataclasses.asdict(self), **blocks}, allow_nan=False))
+        tokenizer = None if self.tokenizer is None else self.tokenizer.to_json()
+        value = {**dataclasses.asdict(self), "recipe": self.recipe.to_json(), "tokenizer": tokenizer}
+        return json.loads(json.dumps(value, allow_nan=False))
 
     def to_bytes(self) -> bytes:
         """The file: the header and, since nothing else vouches for it, its fingerprint."""
@@ -352,19 +334,16 @@ class Manifest:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Manifest:
-        return cls(
-            **{
-                **{key: entry for key, entry in value.items() if key != FINGERPRINT},
-                "written_per_view": tuple(value["written_per_view"]),
-                "class_names": None if value["class_names"] is None else tuple(value["class_names"]),
-                "recipe": Recipe.from_json(value["recipe"]),
-                "tokenizer": None
-                if value["tokenizer"] is None
-                else TokenizerSpec.from_json(value["tokenizer"]),
-                "probe": tuple(ProbeEntry(**entry) for entry in value["probe"]),
-                "table": TableName(**value["table"]),
-            }
-        )
+        names, tokenizer = value["class_names"], value["tokenizer"]
+        changed = {
+            "written_per_view": tuple(value["written_per_view"]),
+            "class_names": None if names is None else tuple(names),
+            "recipe": Recipe.from_json(value["recipe"]),
+            "tokenizer": None if tokenizer is None else TokenizerSpec.from_json(tokenizer),
+            "probe": tuple(ProbeEntry(**entry) for entry in value["probe"]),
+            "table": TableName(**value["table"]),
+        }
+        return cls(**{key: entry for key, entry in value.items() if key != FINGERPRINT} | changed)
 
 
 def read_manifest(url: str) -> Manifest:
@@ -406,6 +385,6 @@ def _why_absent(url: str) -> str:
         return f"{url} is unfinished: a plan but no manifest; run the job that writes it again, it will go on"
     parts = [part for part in ("train", "val") if storage.exists(storage.join(url, part, MANIFEST))]
     if parts:
-        one = storage.join(url, parts[0])
-        return f"{url} is not one dataset but holds {' and '.join(parts)}; name one of them, such as {one}"
+        first = storage.join(url, parts[0])
+        return f"{url} is not one dataset but holds {' and '.join(parts)}; name one of them, such as {first}"
     return f"there is no dataset at {url}: no {MANIFEST}; check the URL, or prepare one there"
