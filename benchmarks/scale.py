@@ -42,7 +42,7 @@ from shards.format.manifest import (
 from shards.format.plan import Item, Plan
 from shards.format.records import StoredSample
 from shards.pixels.views import CropBox, decode_crop, encode_crop
-from shards.writer.commit import PLAN, commit, finish, start, unfinished
+from shards.writer.commit import PLAN, Unfinished, commit, finish, start
 
 GRID = (14, 14)
 CODEBOOK_SIZE = 8192
@@ -136,7 +136,7 @@ def _write_and_drive(url: str, shards: int, samples: int) -> dict[str, float]:
     """Write all shards in this process, two at a time like any worker; then measure the driver's process."""
     began = time.perf_counter()
     plan = start(url, scale_plan(shards, samples))
-    todo = unfinished(url, plan)
+    todo = Unfinished(url, plan)
     planned_s = time.perf_counter() - began
     ends = [time.perf_counter()]
     ends += sorted(map_items(todo, lambda: _Writer(url, plan), ClusterConfig(num_workers=0)))
@@ -243,7 +243,7 @@ def drive(url: str, shards: int, samples: int) -> dict[str, float]:
     """The driver of a pass: plan, look for what is missing, finish."""
     plan = start(url, scale_plan(shards, samples))
     began = time.perf_counter()
-    if missing := len(unfinished(url, plan)):
+    if missing := len(Unfinished(url, plan)):
         raise RuntimeError(f"{missing} shards of {url} are missing")
     looked = time.perf_counter()
     manifest = finish(url, plan, decode_crop)

@@ -98,11 +98,9 @@ def start(root: str, plan: Plan, *, beside: Sequence[str] = ()) -> Plan:
 def _first_other_file(root: str, beside: Sequence[str]) -> str | None:
     root = storage.absolute(root)
     expected = {storage.join(root, name) for name in beside}
-    for file in storage.list_files(root):
-        # asked by name as well: a store's listing may show what is no longer there
-        if file.url not in expected and (storage.is_local(file.url) or storage.exists(file.url)):
-            return file.url
-    return None
+    others = (file.url for file in storage.list_files(root) if file.url not in expected)
+    # asked by name as well: a store's listing may show what is no longer there
+    return next((url for url in others if storage.is_local(url) or storage.exists(url)), None)
 
 
 def same_plan(root: str, stored: bytes, plan: Plan) -> Plan:
@@ -142,10 +140,6 @@ class Receipt:
     shard: ShardInfo
     rejected: dict[str, int]
 
-    @property
-    def samples(self) -> int:
-        return self.shard.samples
-
     def to_bytes(self) -> bytes:
         return canonical_json({"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}) + b"\n"
 
@@ -176,32 +170,23 @@ def pending(root: str, plan: Plan) -> Iterator[Item]:
     yield from (item for item, stored in looked_up if stored is None)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Unfinished:
-    """The items without a good receipt, in order, and how many samples they hold.
+    """All that `pending` gives, counted before any of it is done; `samples` is what these items hold.
 
-    `missing` has a byte for each item of the plan, where a list of items would take a hundred.
+    A byte for each item of the plan says whether it is missing, where a list of items would take a hundred.
     """
 
-    plan: Plan
-    missing: bytearray
-    num_items: int
-    samples: int
+    def __init__(self, root: str, plan: Plan) -> None:
+        self._plan, self._missing, self.samples = plan, bytearray(plan.num_items), 0
+        for item in pending(root, plan):
+            self._missing[(item.view - plan.first_view) * plan.num_ranges + item.number] = True
+            self.samples += item.samples
 
     def __len__(self) -> int:
-        return self.num_items
+        return sum(self._missing)
 
     def __iter__(self) -> Iterator[Item]:
-        return itertools.compress(items(self.plan), self.missing)
-
-
-def unfinished(root: str, plan: Plan) -> Unfinished:
-    """All that `pending` gives, counted before any of it is done."""
-    missing, num_items, samples = bytearray(plan.num_items), 0, 0
-    for item in pending(root, plan):
-        missing[(item.view - plan.first_view) * plan.num_ranges + item.number] = True
-        num_items, samples = num_items + 1, samples + item.samples
-    return Unfinished(plan=plan, missing=missing, num_items=num_items, samples=samples)
+        return itertools.compress(items(self._plan), self._missing)
 
 
 def commit(root: str, plan: Plan, item: Item, built: BuiltShard) -> Receipt:
@@ -212,9 +197,10 @@ def commit(root: str, plan: Plan, item: Item, built: BuiltShard) -> Receipt:
     """
     _check_belongs(plan, item, built)
     mine = Receipt(plan=plan.fingerprint, shard=_shard_info(item, built), rejected=built.rejected)
-    put_tar(root, mine, built)
-    put_index(root, mine, built)
-    put_rejects(root, mine, built)
+    shard = mine.shard
+    for place, data in ((shard.tar, built.tar), (shard.index, built.index), (shard.rejects, built.rejects)):
+        if place is not None and data is not None:
+            put_object(root, place, data)
     return create_receipt(root, plan, item, mine)
 
 
@@ -257,21 +243,9 @@ def _object(folder: Literal["shards", "index", "rejects"], item: Item, sha256: s
     return f"{folder}/{item.name}-{sha256[:8]}.{'tar' if folder == 'shards' else 'parquet'}"
 
 
-def put_tar(root: str, mine: Receipt, built: BuiltShard) -> None:
-    """Publish the tar; one that was indexed in place stays where it is."""
-    if built.tar is not None:
-        storage.put(storage.join(root, mine.shard.tar), built.tar)
-
-
-def put_index(root: str, mine: Receipt, built: BuiltShard) -> None:
-    """Publish the index."""
-    storage.put(storage.join(root, mine.shard.index), built.index)
-
-
-def put_rejects(root: str, mine: Receipt, built: BuiltShard) -> None:
-    """Publish the rejects, where there are any."""
-    if mine.shard.rejects is not None and built.rejects is not None:
-        storage.put(storage.join(root, mine.shard.rejects), built.rejects)
+def put_object(root: str, place: str, data: bytes) -> None:
+    """Publish an object under the name that holds its hash."""
+    storage.put(storage.join(root, place), data)
 
 
 def create_receipt(root: str, plan: Plan, item: Item, mine: Receipt) -> Receipt:
@@ -283,41 +257,32 @@ def create_receipt(root: str, plan: Plan, item: Item, mine: Receipt) -> Receipt:
     if storage.create(url, mine.to_bytes()):
         return mine
     stored = receipt(root, plan, item)
-    if stored is not None:
-        return stored
-    storage.put(url, mine.to_bytes())
-    return mine
+    if stored is None:
+        storage.put(url, mine.to_bytes())
+    return stored or mine
 
 
 def _check_belongs(plan: Plan, item: Item, built: BuiltShard) -> None:
-    ids = np.concatenate([built.sample_ids, built.rejected_ids])
-    if len(ids) != item.samples:
-        raise CommitError(
-            f"{item.name}: {len(ids)} samples written or rejected, the plan says {item.samples}"
-        )
-    if len(ids) and (ids.min() < item.first_id or ids.max() >= item.end_id):
-        raise CommitError(
-            f"{item.name}: ids {ids.min()} to {ids.max()} are not in [{item.first_id}, {item.end_id})"
-        )
-    if built.view not in (None, item.view):
-        raise CommitError(f"{item.name}: the samples are of view {built.view}")
-    names, label = plan.class_names, built.max_label
-    if names is not None and label is not None and label >= len(names):
-        raise CommitError(f"{item.name}: label {label} is none of the {len(names)} classes of the plan")
-    tokenizer = plan.tokenizer
+    ids, wrong = np.concatenate([built.sample_ids, built.rejected_ids]), None
+    names, label, tokenizer = plan.class_names, built.max_label, plan.tokenizer
     expected = None if tokenizer is None else (*tokenizer.grid, tokenizer.codebook_size)
     given = None if built.grid is None else (*built.grid, built.codebook_size)
-    if given != expected:
-        raise CommitError(
-            f"{item.name}: built with grid and codebook {given}, the plan's tokenizer says {expected}"
-        )
+    if len(ids) != item.samples:
+        wrong = f"{len(ids)} samples written or rejected, the plan says {item.samples}"
+    elif len(ids) and (ids.min() < item.first_id or ids.max() >= item.end_id):
+        wrong = f"ids {ids.min()} to {ids.max()} are not in [{item.first_id}, {item.end_id})"
+    elif built.view not in (None, item.view):
+        wrong = f"the samples are of view {built.view}"
+    elif names is not None and label is not None and label >= len(names):
+        wrong = f"label {label} is none of the {len(names)} classes of the plan"
+    elif given != expected:
+        wrong = f"built with grid and codebook {given}, the plan's tokenizer says {expected}"
+    if wrong is not None:
+        raise CommitError(f"{item.name}: {wrong}")
 
 
 def _read_receipt(root: str, plan: Plan, item: Item) -> Receipt | None:
-    """None where there is none, or one that is not this item's: what cannot be read vouches for nothing.
-
-    Such a one is named in a warning, and the item done again.
-    """
+    """The receipt; None where there is none, or one that is not this item's, which a warning names."""
     url = receipt_url(root, plan, item)
     data = storage.read_or_none(url)
     if data is None:
@@ -385,7 +350,8 @@ def probes(root: str, plan: Plan, totals: PassTotals, decode: Decode) -> list[Pr
 
 def manifest_of(plan: Plan, totals: PassTotals, probe: Sequence[ProbeEntry]) -> Manifest:
     """The manifest that follows from a plan and what its pass added up to."""
-    table_sha256 = sha256_hex(totals.table)
+    sha256 = sha256_hex(totals.table)
+    table = TableName(path=f"manifest-{sha256[:8]}.parquet", bytes=len(totals.table), sha256=sha256)
     return Manifest(
         kind=plan.kind,
         plan=plan.fingerprint,
@@ -401,9 +367,7 @@ def manifest_of(plan: Plan, totals: PassTotals, probe: Sequence[ProbeEntry]) -> 
         tokenizer=plan.tokenizer,
         details=json.loads(canonical_json(plan.details)),
         probe=tuple(probe),
-        table=TableName(
-            path=f"manifest-{table_sha256[:8]}.parquet", bytes=len(totals.table), sha256=table_sha256
-        ),
+        table=table,
     )
 
 
@@ -424,11 +388,9 @@ def collect(root: str, plan: Plan, *, objects: bool = True) -> PassTotals:
     writer = TableWriter()
     written = [0] * plan.views
     rejected: Counter[str] = Counter()
-    samples_in = 0
     undone: list[str] = []
     probed: list[tuple[ShardInfo, list[int]]] = []
-    num_undone, last_tar = 0, ""
-    probe_positions = _probe_positions(plan.num_items)
+    num_undone, last_tar, probe_positions = 0, "", _probe_positions(plan.num_items)
     receipts = in_order(lambda item: (item, read(root, plan, item)), items(plan), CHECK_THREADS)
     for position, (item, stored) in enumerate(receipts):
         if stored is None:
@@ -437,17 +399,14 @@ def collect(root: str, plan: Plan, *, objects: bool = True) -> PassTotals:
             continue
         shard, num_rejected = stored.shard, sum(stored.rejected.values())
         if shard.samples + num_rejected != item.samples:
-            raise CommitError(
-                f"{item.name}: {shard.samples} written and {num_rejected} rejected, but "
-                f"{item.samples} were read"
-            )
+            counts = f"{shard.samples} written and {num_rejected} rejected"
+            raise CommitError(f"{item.name}: {counts}, but {item.samples} were read")
         if objects and shard.in_place and shard.tar != last_tar:  # ranges of one tar follow each other
             check_in_place(shard)
             last_tar = shard.tar
         writer.append(shard)
         written[item.view - plan.first_view] += shard.samples
         rejected.update(stored.rejected)
-        samples_in += item.samples
         rows = sorted({int(part * shard.samples) for part in probe_positions.get(position, ())})
         if rows and shard.samples:
             probed.append((shard, rows))
@@ -459,7 +418,7 @@ def collect(root: str, plan: Plan, *, objects: bool = True) -> PassTotals:
     return PassTotals(
         table=writer.finish(),
         written_per_view=written,
-        samples_in=samples_in,
+        samples_in=sum(written) + rejected.total(),
         rejected=dict(sorted(rejected.items())),
         probed=probed,
     )

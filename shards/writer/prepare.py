@@ -282,7 +282,7 @@ def _start(config: PrepareConfig, root: str, sources: Sources) -> Split:
 
 def _write_shards(config: PrepareConfig, splits: list[Split]) -> None:
     """All splits in one pass: starting workers takes seconds, and is paid once."""
-    todo = [commit.unfinished(split.root, split.plan) for split in splits]
+    todo = [commit.Unfinished(split.root, split.plan) for split in splits]
     work = (Work(split=number, item=item) for number, items in enumerate(todo) for item in items)
     total = sum(split.plan.first_ids[-1] for split in splits)
     done = total - sum(items.samples for items in todo)
@@ -305,7 +305,7 @@ class Preparer:
         root, plan, item = self._splits[work.split].root, self._splits[work.split].plan, work.item
         rows = load_rows(storage.join(root, SOURCES), item.first_id, item.end_id)
         receipt = commit.commit(root, plan, item, make_item(plan, item, rows, self._pool))
-        return receipt.samples, sum(receipt.rejected.values())
+        return receipt.shard.samples, sum(receipt.rejected.values())
 
 
 def make_item(plan: Plan, item: Item, rows: list[Source], pool: ThreadPoolExecutor) -> BuiltShard:

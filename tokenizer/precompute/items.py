@@ -62,7 +62,7 @@ class ItemWriter:
         began = time.monotonic()
         done = receipt(self._root, self._plan, item)
         if done is not None:
-            return ItemReport(written=done.samples, rejected=sum(done.rejected.values()))
+            return ItemReport(written=done.shard.samples, rejected=sum(done.rejected.values()))
         built = self._maker.make(item)
         commit(self._root, self._plan, item, built)
         return ItemReport(

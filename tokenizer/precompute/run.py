@@ -17,7 +17,7 @@ from shards.dataset.parts import views_in_words
 from shards.format.manifest import Manifest
 from shards.format.plan import Plan
 from shards.pixels.views import decode_crop
-from shards.writer.commit import Unfinished, finish, record_run, start, unfinished
+from shards.writer.commit import Unfinished, finish, record_run, start
 from tokenizer.precompute.config import PrecomputeConfig
 from tokenizer.precompute.items import ItemWriter
 from tokenizer.precompute.plans import CROP_BYTES_PER_PIXEL, WritePass, planned_passes
@@ -36,7 +36,7 @@ def precompute_shards(config: PrecomputeConfig) -> Manifest:
 def _write(config: PrecomputeConfig, write_pass: WritePass) -> Manifest:
     root, plan = write_pass.root, start(write_pass.root, write_pass.plan)
     record_run(root, identity(config))
-    todo = unfinished(root, plan)
+    todo = Unfinished(root, plan)
     _announce(plan, todo)
     progress = Progress("precompute", todo.samples, "images")
     shards, rejected, busy_s, wait_s = 0, 0, 0.0, 0.0

@@ -37,7 +37,7 @@ def peak(work: Callable[[], object]) -> int:
 
 def drive(root: Path, plan: Plan) -> None:
     begun = commit.start(str(root), plan)
-    assert len(commit.unfinished(str(root), begun)) == 0
+    assert len(commit.Unfinished(str(root), begun)) == 0
     commit.finish(str(root), begun, decode_crop)
 
 
@@ -95,8 +95,8 @@ def test_shards_take_a_byte_while_they_wait_and_two_hundred_when_they_are_done(t
             peaks.append(peak(lambda root=root, plan=plan: commit.finish(root, plan, decode_crop)))
             assert pa.total_allocated_bytes() - arrow < 1 << 20
         else:
-            peaks.append(peak(lambda root=root, plan=plan: commit.unfinished(root, plan)))
-            todo = commit.unfinished(root, plan)
+            peaks.append(peak(lambda root=root, plan=plan: commit.Unfinished(root, plan)))
+            todo = commit.Unfinished(root, plan)
             assert (len(todo), todo.samples) == (shards, 2 * shards)
             assert [item.number for item in todo] == list(range(shards))
     assert peaks[1] - peaks[0] < 2_000 * (250 if held else 2) + 50_000
