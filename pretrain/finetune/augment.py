@@ -210,20 +210,14 @@ def mix_batch(
 
 
 def mix(
-    pixels: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    config: AugmentConfig,
-    choices: np.random.RandomState,
+    pixels: Tensor, labels: Tensor, num_classes: int, config: AugmentConfig, choices: np.random.RandomState
 ) -> Tensor:
     """Mix each image with its mirror image in the batch, in place, and return the targets [B, C].
 
     Mixup adds pixels [B, 3, S, S] weighted, CutMix pastes a box; one weight for the batch. `labels` are
     int64 [B]. Without mixing, the targets are the smoothed labels.
     """
-    weight = 1.0
-    if config.mixup or config.cutmix:
-        weight = _mix_pixels(pixels, config, choices)
+    weight = _mix_pixels(pixels, config, choices) if config.mixup or config.cutmix else 1.0
     return mixup_target(labels, num_classes, weight, config.label_smoothing)
 
 
@@ -231,9 +225,7 @@ def _mix_pixels(pixels: Tensor, config: AugmentConfig, choices: np.random.Random
     """Mix in place; returns the share that every image keeps of itself."""
     if choices.rand() >= config.mix_prob:
         return 1.0
-    cut = config.cutmix > 0
-    if cut and config.mixup > 0:
-        cut = bool(choices.rand() < config.switch_prob)
+    cut = config.cutmix > 0 and (config.mixup == 0 or choices.rand() < config.switch_prob)
     alpha = config.cutmix if cut else config.mixup
     weight = float(choices.beta(alpha, alpha))
     partners = pixels.flip(0)

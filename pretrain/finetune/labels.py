@@ -28,21 +28,22 @@ def check_labels(train: Dataset, val: Dataset | None) -> Labels:
     only val has.
     """
     names = train.manifest.class_names
-    labels = _labels(train)
+    labels = _labels(train, None if names is None else len(names))
     num_classes = int(labels.max()) + 1 if names is None else len(names)
-    _check_range(train, labels, num_classes)
     if num_classes < 2:
         raise InputError(f"all images of {train.url} are of one class; there is nothing to learn")
     val_names = None if val is None else val.manifest.class_names
     if val is not None:
-        labels = _labels(val)
-        _check_range(val, labels, num_classes if names is None or val_names is None else len(val_names))
+        labels = _labels(val, num_classes if names is None or val_names is None else len(val_names))
         translate_labels(labels, val_names, names)
     return Labels(num_classes=num_classes, class_names=names, val_class_names=val_names)
 
 
-def _labels(dataset: Dataset) -> np.ndarray:
-    """A label int64 [N] for every image, of which there is at least one, or InputError."""
+def _labels(dataset: Dataset, num_classes: int | None) -> np.ndarray:
+    """Labels int64 [N] of all images, 0 to num_classes - 1; InputError for others, or where N is 0.
+
+    Without num_classes, the largest label is that of the last class.
+    """
     labels = read_labels(dataset)
     if not len(labels):
         raise InputError(f"{dataset.url} holds no images; prepare it from a folder that has some")
@@ -51,13 +52,11 @@ def _labels(dataset: Dataset) -> np.ndarray:
             f"{missing:,} of the {len(labels):,} images of {dataset.url} have no label; prepare them from "
             "class folders, or leave them out"
         )
+    low, high = int(labels.min()), int(labels.max())
+    num_classes = high + 1 if num_classes is None else num_classes
+    if low < 0 or high >= num_classes:
+        raise InputError(
+            f"an image of {dataset.url} has label {low if low < 0 else high}, but there are {num_classes} "
+            f"classes, 0 to {num_classes - 1}; prepare the images again with the labels of one numbering"
+        )
     return labels
-
-
-def _check_range(dataset: Dataset, labels: np.ndarray, num_classes: int) -> None:
-    for label in (int(labels.min()), int(labels.max())):
-        if not 0 <= label < num_classes:
-            raise InputError(
-                f"an image of {dataset.url} has label {label}, but there are {num_classes} classes, 0 to "
-                f"{num_classes - 1}; prepare the images again with the labels of one numbering"
-            )

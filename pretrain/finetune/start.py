@@ -13,17 +13,7 @@ from torch import Tensor, nn
 
 from pipeline import artifacts
 from pipeline.errors import InputError
-from pretrain.model.artifacts import (
-    BACKBONE,
-    CLASSIFIER,
-    backbone_config,
-    classifier_config,
-    read_backbone_header,
-    read_classifier_header,
-    read_weights,
-    save_classifier,
-    weights_file,
-)
+from pretrain.model.artifacts import CLASSIFIER, read_pretrained, read_weights, save_classifier, weights_file
 from pretrain.model.backbone import BackboneConfig, BackboneSize, normalize_images
 from pretrain.model.classifier import Classifier, ClassifierConfig, Pooling, classifier_from_backbone
 from tokenizer.model.artifact import load_vqkd, read_tokenizer
@@ -123,18 +113,8 @@ def from_backbone(url: str, goal: Goal) -> Start:
 
     It fits when it has as many classes. InputError when these have other names, or nothing usable is there.
     """
-    if artifacts.read_header(url, BACKBONE) is not None:
-        header = read_backbone_header(url)
-        config = ClassifierConfig(backbone=backbone_config(header["config"]), num_classes=0)
-    else:
-        if artifacts.read_header(url, CLASSIFIER) is None:
-            raise InputError(
-                f"no finished backbone or classifier at {url}; give the --output of a finished pretrain_mim "
-                "or finetune_classifier"
-            )
-        header = read_classifier_header(url)
-        config = classifier_config(header["config"])
-        _check_classes(url, header["class_names"], goal)
+    header, config = read_pretrained(url)
+    _check_classes(url, header.get("class_names"), goal)
     tensors = read_weights(url, header)
     if goal.new_head:
         tensors = {key: value for key, value in tensors.items() if not key.startswith("head.")}
@@ -146,7 +126,7 @@ def from_backbone(url: str, goal: Goal) -> Start:
 def from_scratch(size: BackboneSize, goal: Goal, *, patch_size: int) -> Start:
     """Fresh weights, drawn from torch's generator."""
     shape = size.resolve(image_size=goal.image_size or 224, patch_size=patch_size)
-    model = Classifier(_config(ClassifierConfig(backbone=shape, num_classes=0), goal))
+    model = _classifier(None, ClassifierConfig(backbone=shape, num_classes=0), goal)
     return Start(model=model, origin={"kind": "scratch"})
 
 
@@ -162,9 +142,8 @@ def from_tokenizer(url: str, goal: Goal) -> Start:
         mean=_RANGE,
         std=_RANGE,
     )
-    config = ClassifierConfig(
-        backbone=shape, num_classes=0, absolute_positions=True, relative_positions="none"
-    )
+    positions: dict[str, Any] = {"absolute_positions": True, "relative_positions": "none"}
+    config = ClassifierConfig(backbone=shape, num_classes=0, **positions)
     model = _classifier(load_vqkd(artifact).encoder.state_dict(), config, goal)
     return Start(model=model, origin={"kind": "tokenizer", "fingerprint": artifact.fingerprint})
 
@@ -211,21 +190,14 @@ def save_finetuned(
     return artifacts.publish(url, CLASSIFIER, {weights_file(CLASSIFIER): weights}, header)
 
 
-def _config(base: ClassifierConfig, goal: Goal) -> ClassifierConfig:
-    """The config of a start's own model, changed as the goal requires."""
+def _classifier(tensors: Mapping[str, Tensor] | None, base: ClassifierConfig, goal: Goal) -> Classifier:
+    """A model of this shape, changed as the goal requires, with these weights or (None) fresh ones."""
     image_size = goal.image_size or base.backbone.image_size
-    shape = dataclasses.replace(base.backbone, image_size=image_size, drop_path=goal.drop_path)
-    return dataclasses.replace(
-        base,
-        backbone=shape,
-        num_classes=goal.num_classes,
-        pooling=goal.pooling,
-        head_init_scale=goal.head_init_scale,
-    )
-
-
-def _classifier(tensors: Mapping[str, Tensor], base: ClassifierConfig, goal: Goal) -> Classifier:
-    config = _config(base, goal)
+    backbone = dataclasses.replace(base.backbone, image_size=image_size, drop_path=goal.drop_path)
+    kept = {name: getattr(goal, name) for name in ("num_classes", "pooling", "head_init_scale")}
+    config = dataclasses.replace(base, backbone=backbone, **kept)
+    if tensors is None:
+        return Classifier(config)
     state = classifier_from_backbone(tensors, config)  # first: it draws the new head
     model = Classifier(config)
     model.load_state_dict(state)

@@ -174,6 +174,20 @@ def load_mim(url: str, device: str | torch.device = "cpu") -> MIM:
 # ------------------------------------------------------------------------------------------------ classifier
 
 
+def read_pretrained(url: str) -> tuple[dict[str, Any], ClassifierConfig]:
+    """Header and shape of a backbone (without a head then), or of a classifier fine-tuned from one."""
+    if artifacts.read_header(url, BACKBONE) is not None:
+        header = read_backbone_header(url)
+        return header, ClassifierConfig(backbone=backbone_config(header["config"]), num_classes=0)
+    if artifacts.read_header(url, CLASSIFIER) is not None:
+        header = read_classifier_header(url)
+        return header, classifier_config(header["config"])
+    raise InputError(
+        f"no finished backbone or classifier at {url}; give the --output of a finished pretrain_mim or "
+        "finetune_classifier"
+    )
+
+
 def save_classifier(
     url: str,
     classifier: Classifier,

@@ -10,16 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import artifacts
 from pretrain.model.artifacts import (
-    CLASSIFIER,
-    backbone_config,
     classifier_config,
     load_tensors,
     publish_model,
-    read_backbone_header,
-    read_classifier_header,
     read_model_header,
+    read_pretrained,
     read_weights,
 )
 from pretrain.model.classifier import Classifier, ClassifierConfig, classifier_from_backbone
@@ -43,14 +39,8 @@ def read_start(config: SegmentationConfig) -> Start:
     if config.backbone is None:
         size = config.scratch.resolve(image_size=config.crops.size, patch_size=config.patch_size)
         return Start(shape=ClassifierConfig(backbone=size, num_classes=0), weights=None, inputs={})
-    url, scratch = config.backbone, config.init == "scratch"
-    if artifacts.read_header(url, CLASSIFIER) is not None:
-        header = read_classifier_header(url)
-        shape = classifier_config(header["config"])
-    else:
-        header = read_backbone_header(url)
-        shape = ClassifierConfig(backbone=backbone_config(header["config"]), num_classes=0)
-    weights = None if scratch else read_weights(url, header)
+    header, shape = read_pretrained(config.backbone)
+    weights = None if config.init == "scratch" else read_weights(config.backbone, header)
     return Start(shape=shape, weights=weights, inputs={"backbone": header["fingerprint"]})
 
 
@@ -65,12 +55,7 @@ def build_segmenter(config: SegmentationConfig, start: Start) -> Segmenter:
 
 
 def save_segmenter(
-    url: str,
-    model: Segmenter,
-    *,
-    result: Mapping[str, Any],
-    inputs: Mapping[str, str],
-    run: Mapping[str, Any],
+    url: str, model: Segmenter, *, result: dict[str, Any], inputs: dict[str, str], run: dict[str, Any]
 ) -> dict[str, Any]:
     """Publish a segmenter with its score, what it was trained on and how; returns the header."""
     config = {
@@ -78,8 +63,7 @@ def save_segmenter(
         "head": dataclasses.asdict(model.config),
         "num_classes": model.num_classes,
     }
-    entries = {"result": dict(result), "inputs": dict(inputs), "run": dict(run)}
-    return publish_model(url, ARTIFACT, model, config, entries)
+    return publish_model(url, ARTIFACT, model, config, {"result": result, "inputs": inputs, "run": run})
 
 
 def read_segmentation_header(url: str) -> dict[str, Any]:

@@ -100,8 +100,6 @@ class LabelRules:
 
     def wrong(self, values: np.ndarray) -> tuple[int, int] | None:
         """Row and column of the first value that is neither a class nor ignored; None when there is none."""
-        if int(values.min()) >= 0 and int(values.max()) <= self.largest:
-            return None
         bad = ((values < 0) | (values > self.largest)) & (values != self.ignore_index)
         row, column = np.unravel_index(int(bad.argmax()), bad.shape)
         return (int(row), int(column)) if bad[row, column] else None

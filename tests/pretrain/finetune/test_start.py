@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -29,6 +30,8 @@ from tests.pretrain.finetune.conftest import (
 from tokenizer.model.artifact import load_vqkd, read_tokenizer, save_tokenizer
 from tokenizer.model.teacher import TeacherConfig, build_teacher
 from tokenizer.model.vqkd import VQKD, VQKDConfig, normalize_pixels
+
+FROM_NOTHING: dict[str, Any] = {"backbone": None, "patch_size": PATCH, "image_size": SIDE, "epochs": 1}
 
 
 def test_a_backbone_gives_its_blocks_and_one_table_each(backbone: str) -> None:
@@ -89,22 +92,11 @@ def test_chance_gives_a_plain_classifier(make_config: Make, tmp_path: Path) -> N
     torch.manual_seed(0)
     start = from_scratch(size, goal_of(image_size=SIDE), patch_size=PATCH)
     assert start.image_size == SIDE and start.origin == {"kind": "scratch"}
-    config = make_config(
-        tmp_path / "out",
-        init="scratch",
-        backbone=None,
-        scratch=size,
-        patch_size=PATCH,
-        image_size=SIDE,
-        epochs=1,
-    )
+    config = make_config(tmp_path / "out", init="scratch", scratch=size, **FROM_NOTHING)
     finetune_classifier(config)
     assert load_classifier(config.output)[1]["inputs"].keys() == {"train", "val"}
-    assert equal(_shapes(weights_of(config.output)), _shapes(start.model.state_dict()))
-
-
-def _shapes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.tensor(value.shape) for name, value in state.items()}
+    ours, theirs = weights_of(config.output), start.model.state_dict()
+    assert {name: x.shape for name, x in ours.items()} == {name: x.shape for name, x in theirs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -161,15 +153,7 @@ def test_a_teacher_is_fine_tuned_as_it_is(make_config: Make, teacher: TeacherCon
     assert all(p.grad is not None for p in start.model.parameters())  # as data parallelism needs
     assert sum(module.drop_prob or 0 for module in start.model.modules() if hasattr(module, "drop_prob")) > 0
 
-    config = make_config(
-        tmp_path / "out",
-        init="teacher",
-        backbone=None,
-        teacher=teacher,
-        patch_size=PATCH,
-        image_size=SIDE,
-        epochs=1,
-    )
+    config = make_config(tmp_path / "out", init="teacher", teacher=teacher, **FROM_NOTHING)
     finetune_classifier(config)
     weights = weights_of(config.output)
     assert weights.keys() == start.model.state_dict().keys()
@@ -186,14 +170,10 @@ def test_a_clip_tower_is_fine_tuned_before_its_projection(shared_dir: Path, tmp_
     described = {"embed_dim": 512, "vision_cfg": vision, "text_cfg": text}
     (tmp_path / "ViT-finetuned.json").write_text(json.dumps(described))
     open_clip.add_model_config(tmp_path / "ViT-finetuned.json")
-    init = safetensors.torch.load_file(
-        shared_dir / "reference" / "fixtures" / "vqkd_tiny_kmeans_init.safetensors"
-    )
-    prefix = "teacher_model."
-    safetensors.torch.save_file(
-        {name.removeprefix(prefix): t for name, t in init.items() if name.startswith(prefix)},
-        tmp_path / "clip.safetensors",
-    )
+    fixture = shared_dir / "reference" / "fixtures" / "vqkd_tiny_kmeans_init.safetensors"
+    state, prefix = safetensors.torch.load_file(fixture), "teacher_model."
+    tower = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+    safetensors.torch.save_file(tower, tmp_path / "clip.safetensors")
     clip = TeacherConfig(
         name="open_clip:ViT-finetuned", pretrained=str(tmp_path / "clip.safetensors"), force_quick_gelu=True
     )
@@ -213,9 +193,8 @@ def test_a_clip_tower_is_fine_tuned_before_its_projection(shared_dir: Path, tmp_
 def test_save_classifier_is_what_the_next_run_reads(tmp_path: Path) -> None:
     """An artifact made elsewhere (an imported checkpoint) without class names keeps its head."""
     torch.manual_seed(0)
-    model = from_scratch(
-        BackboneSize(width=32, depth=1, heads=2), goal_of(image_size=SIDE), patch_size=PATCH
-    ).model
+    size = BackboneSize(width=32, depth=1, heads=2)
+    model = from_scratch(size, goal_of(image_size=SIDE), patch_size=PATCH).model
     assert isinstance(model, Classifier)
     save_classifier(str(tmp_path / "imported"), model, None)
     assert equal(from_backbone(str(tmp_path / "imported"), goal_of()).model.state_dict(), model.state_dict())

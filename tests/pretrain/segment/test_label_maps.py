@@ -181,12 +181,9 @@ def test_check_names_the_first_file_that_does_not_fit(make_split: MakeSplit) -> 
     pairs = list_pairs(images, labels)
     values = _labels(2, 42, 56)
     values[7, 9] = 3
+    wrong = r"labels/2\.png has label 3 in row 7, column 9, but the last of 3 classes is 2 "
     for url, data, said in (
-        (
-            pairs[2].labels,
-            _png(values),
-            r"labels/2\.png has label 3 in row 7, column 9, but the last of 3 classes is 2 ",
-        ),
+        (pairs[2].labels, _png(values), wrong),
         (pairs[2].labels, _png(values[:-1] % 3), r"labels/2\.png is 56 x 41 .*images/2\.png is 56 x 42"),
         (pairs[2].image, storage.read(pairs[2].image)[:120], r"images/2\.png cannot be read \(truncated"),
     ):

@@ -23,9 +23,8 @@ def test_score_equals_a_slow_count_of_pixels() -> None:
     )
     assert isinstance(confusion, torch.Tensor)
     score = Score.of(confusion.numpy(), 2)
-    pixels = [
-        (int(a), int(b)) for a, b in zip(classes.ravel(), predicted.ravel(), strict=True) if a != IGNORED
-    ]
+    both = zip(classes.ravel().tolist(), predicted.ravel().tolist(), strict=True)
+    pixels = [(a, b) for a, b in both if a != IGNORED]
     ious = []
     for c in range(5):
         union = sum(a == c or b == c for a, b in pixels)

@@ -49,9 +49,8 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             labels = np.ones((44, 60 - 4 * i), np.uint8)
             top, left = rng.integers(2, 14, 2)
             labels[top : top + 24, left : left + 18] = 2
-            pixels = np.where(labels[..., None] == 2, (200, 160, 90), (40, 60, 80)) + rng.normal(
-                0, 8, (*labels.shape, 3)
-            )
+            pixels = np.where(labels[..., None] == 2, (200, 160, 90), (40, 60, 80))
+            pixels = pixels + rng.normal(0, 8, (*labels.shape, 3))
             labels[:1], labels[:, :1] = 0, 0
             for kind, array in (("images", pixels.clip(0, 255).astype(np.uint8)), ("labels", labels)):
                 file = io.BytesIO()
@@ -276,11 +275,8 @@ def test_backbone_weights_are_taken_over_with_tables_at_the_size_of_the_crop(
         for name in ("attn.qkv.weight", "mlp.fc1.weight", "gamma_1"):
             key = f"blocks.{i}.{name}"
             torch.testing.assert_close(weights[f"backbone.{key}"], pretrained[key], atol=1e-6, rtol=0)
-    assert read_segmentation_header(config.output)["config"]["backbone"]["backbone"]["mean"] == [
-        0.1,
-        0.2,
-        0.3,
-    ]
+    shape = read_segmentation_header(config.output)["config"]["backbone"]["backbone"]
+    assert shape["mean"] == [0.1, 0.2, 0.3]
 
     # The same shape with random weights, and a classifier that was fine-tuned before.
     scratch = dataclasses.replace(config, init="scratch", output=str(tmp_path / "scratch"))
@@ -291,13 +287,10 @@ def test_backbone_weights_are_taken_over_with_tables_at_the_size_of_the_crop(
     assert not torch.allclose(ours[key], weights[key], atol=1e-3)
     classifier = Classifier(ClassifierConfig(backbone=sizes, num_classes=4, pooling="cls"))
     save_classifier(str(tmp_path / "classifier"), classifier, None)
-    again = dataclasses.replace(
-        config, backbone=str(tmp_path / "classifier"), output=str(tmp_path / "after-classifier")
-    )
+    again = dataclasses.replace(config, backbone=str(tmp_path / "classifier"), output=str(tmp_path / "after"))
     finetune_segmentation(again)
-    torch.testing.assert_close(
-        _weights(again.output)[key], classifier.state_dict()[key.removeprefix("backbone.")], atol=1e-6, rtol=0
-    )
+    tuned = classifier.state_dict()[key.removeprefix("backbone.")]
+    torch.testing.assert_close(_weights(again.output)[key], tuned, atol=1e-6, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -331,20 +324,14 @@ def test_bad_input_is_one_line_and_nothing_is_written(make_config: Make, tmp_pat
         *("--crops.size", "32", "--patch_size", "8", "--cluster.num_workers", "0", "--scratch.size", "tiny"),
     ]
     for more, said in (
-        ([], r"train/labels/0.png has label 2 in row"),
-        (
-            ["--reduce_zero_label", "--val_labels", str(tmp_path / "none")],
-            "val/images/0.png has no label map",
-        ),
-        (["--reduce_zero_label", "--crops.size", "36"], "image_size 36 does not divide by patch_size 8"),
-        (
-            ["--reduce_zero_label", "--init", "backbone", "--backbone", str(tmp_path)],
-            "no finished backbone at",
-        ),
-        (["--reduce_zero_label", "--head.layers", "[1, 2, 3, 13]"], "four blocks of 1 to 12"),
+        (["--reduce_zero_label=false"], r"train/labels/0.png has label 2 in row"),
+        (["--val_labels", str(tmp_path / "none")], "val/images/0.png has no label map"),
+        (["--crops.size", "36"], "image_size 36 does not divide by patch_size 8"),
+        (["--init=backbone", "--backbone", str(tmp_path)], "no finished backbone or classifier at"),
+        (["--head.layers", "[1, 2, 3, 13]"], "four blocks of 1 to 12"),
     ):
         with pytest.raises(InputError) as raised:
-            finetune_segmentation(parse(SegmentationConfig, [*arguments, *more]))
+            finetune_segmentation(parse(SegmentationConfig, [*arguments, "--reduce_zero_label", *more]))
         assert said in str(raised.value) and "\n" not in str(raised.value)
         assert not (tmp_path / "out").exists()
 
