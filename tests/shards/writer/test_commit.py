@@ -17,7 +17,7 @@ from pipeline import storage
 from pipeline.errors import InputError
 from shards.dataset.dataset import open_dataset
 from shards.dataset.rows import pixels_hash
-from shards.format.build import BuiltShard, ForeignTar, build_shard
+from shards.format.build import BuiltShard, build_shard
 from shards.format.manifest import Manifest, read_manifest
 from shards.format.plan import Item, Plan, items
 from shards.format.records import StoredSample
@@ -359,44 +359,6 @@ def test_the_probe_spreads_over_the_dataset_and_tells_another_decoder(
     assert [entry.row for entry in small.probe] == [int(40 * i / 16) for i in range(16)]
     tiny = small_dataset(first_ids=(0, 2), views=1, rejected={}).write(str(tmp_path / "two"))
     assert [entry.row for entry in tiny.probe] == [0, 1]
-
-
-def test_a_foreign_tar_is_referred_to_and_a_change_of_it_is_an_error(
-    tmp_path: Path, make_sample: Callable[..., StoredSample]
-) -> None:
-    samples = [make_sample(i, tokens=False) for i in range(4)]
-    tar = tmp_path / "theirs.tar"
-    tar.write_bytes(b"".join(sample.image for sample in samples))
-    offsets = np.cumsum([0] + [len(sample.image) for sample in samples])
-    stat = storage.stat(str(tar))
-    assert stat is not None
-    foreign = ForeignTar(url=str(tar), bytes=stat.bytes, version=stat.version)
-    plan = Plan(kind="images", inputs={}, first_ids=(0, 2, 4), views=1)
-
-    placed = [dataclasses.replace(s, image_offset=int(o)) for s, o in zip(samples, offsets[:4], strict=True)]
-
-    def write(root: str) -> None:
-        start(root, plan)
-        for item in items(plan):
-            mine = placed[item.first_id : item.end_id]
-            commit(root, plan, item, build_shard(mine, [], grid=None, codebook_size=None, foreign=foreign))
-
-    root = str(tmp_path / "out")
-    write(root)
-    assert list(pending(root, plan)) == []
-    finish(root, plan, decode_crop)
-    shard = open_dataset(root).shard(0, 1)
-    assert (shard.tar, shard.tar_bytes, shard.tar_version) == (str(tar), stat.bytes, stat.version)
-    assert shard.tar_sha256 is None and shard.in_place
-    assert not (tmp_path / "out" / "shards").exists()
-
-    write(str(tmp_path / "late"))
-    tar.write_bytes(tar.read_bytes() + b"x")
-    with pytest.raises(InputError, match=r"theirs\.tar, indexed in place as shard v00-00000, has changed"):
-        finish(str(tmp_path / "late"), plan, decode_crop)
-    tar.unlink()
-    with pytest.raises(InputError, match="is gone"):
-        finish(str(tmp_path / "late"), plan, decode_crop)
 
 
 def test_on_s3_as_on_disk(tmp_path: Path, s3_url: str, small_dataset: MakeDataset) -> None:

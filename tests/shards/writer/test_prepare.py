@@ -231,22 +231,31 @@ def test_tars_are_indexed_where_they_are(tmp_path):
     }
     assert stored(dataset) == expected
     for shard in dataset.shards():
-        assert shard.in_place and shard.tar_bytes == os.path.getsize(shard.tar)
+        assert shard.in_place and storage.stat(shard.tar) == storage.FileStat(
+            url=shard.tar, bytes=shard.tar_bytes, version=shard.tar_version
+        )
+        assert shard.tar_sha256 is None
         assert shard.samples + shard.rejected <= 5
         assert {row["source"].split("#")[0] for row in read_shard_index(shard).to_pylist()} <= {shard.tar}
     for row in rows(dataset):
         assert row["label"] == int(row["source"].split("#")[1][0]) * 3 % 5
 
 
-def test_a_tar_that_changes_under_the_pass_is_an_error_that_names_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["start", "finish"])
+def test_a_tar_that_changes_under_the_pass_is_an_error_that_names_it(tmp_path, monkeypatch, step):
     tar = write_tar(tmp_path / "a.tar", [("1.png", image_bytes(1))])
     with monkeypatch.context() as patch:
-        patch.setattr(commit, "start", interrupt)
+        patch.setattr(commit, step, interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare(tar, tmp_path / "out")
-    write_tar(tar, [("1.png", image_bytes(2))])
-    with pytest.raises(InputError, match=r"a\.tar has changed"):
+    write_tar(tar, [("1.png", image_bytes(2)), ("2.png", image_bytes(3))])
+    in_place = ", indexed in place as shard v00-00000," if step == "finish" else ""
+    with pytest.raises(InputError, match=rf"a\.tar{in_place} has changed"):
         prepare(tar, tmp_path / "out")
+    tar.unlink()
+    if step == "finish":
+        with pytest.raises(InputError, match=rf"a\.tar{in_place} is gone"):
+            prepare(tar, tmp_path / "out")
 
 
 @pytest.mark.parametrize("val_fraction", [0, 0.4])
