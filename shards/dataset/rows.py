@@ -157,14 +157,8 @@ def read_rows(
         check_in_place(shard)
     images = read_places([Place.of(shard, record) for record in records])
     for row, record, image in zip(numbers.tolist(), records, images, strict=True):
-        yield Row(
-            row=row,
-            key=record["key"],
-            sample_id=record["sample_id"],
-            image=image,
-            source=record["source"],
-            label=record["label"],
-        )
+        origin = {name: record[name] for name in ("key", "sample_id", "source", "label")}
+        yield Row(row=row, image=image, **origin)
 
 
 def pixels_hash(pixels: np.ndarray) -> str:

@@ -102,7 +102,7 @@ def expected_codes(sample_id: int, view: int) -> np.ndarray:
     """What conftest's `make_sample` draws: pixels, box and flip come before."""
     rng = np.random.default_rng([sample_id, view])
     rng.integers(0, 256, (16, 16, 3), np.uint8)
-    rng.integers(1, 30, 4)
+    rng.integers(1, 25, 4)
     rng.integers(2)
     return rng.integers(0, CODEBOOK_SIZE, GRID, np.uint16).reshape(-1)
 

@@ -17,12 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError
-from shards.dataset import codes as codes_module
 from shards.dataset import dataset as dataset_module
 from shards.dataset.codes import CodeCount, code_statistics, count_codes, perplexity
 from shards.dataset.dataset import open_dataset
 from shards.dataset.summary import in_words, summarize
-from shards.format.index import codes_of
 from shards.writer.commit import items
 
 
@@ -122,13 +120,3 @@ def test_one_index_is_held_at_a_time(
     monkeypatch.setattr(dataset_module, "read_shard_index", watched)
     summarize(open_dataset(str(tmp_path)))
     assert len(alive) == 15 and most <= 1  # the previous one may still bear its name
-
-
-def test_a_code_outside_the_codebook_is_an_error(
-    tmp_path: Path, small_dataset: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small_dataset().write(str(tmp_path))
-    dataset = open_dataset(str(tmp_path))
-    monkeypatch.setattr(codes_module, "codes_of", lambda table: codes_of(table) + np.uint16(10))
-    with pytest.raises(InputError, match=r"v00-00000.*codebook has 16 codes"):
-        count_codes(dataset)
