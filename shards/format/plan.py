@@ -89,7 +89,7 @@ class Plan:
         return fingerprint(self.to_json())
 
     @property
-    def plan8(self) -> str:
+    def plan_prefix(self) -> str:
         return self.fingerprint[:8]
 
     @property

@@ -27,6 +27,7 @@ from pipeline import storage
 from pipeline.artifacts import canonical_json, code_version, differences, sha256_hex
 from pipeline.errors import InputError
 from pipeline.threads import in_order
+from shards.dataset.parts import PLAN
 from shards.dataset.rows import Decode, check_in_place, probe_shard
 from shards.format.build import BuiltShard
 from shards.format.index import FORMAT_VERSION
@@ -42,7 +43,6 @@ from shards.format.manifest import (
 )
 from shards.format.plan import Item, Plan, items
 
-PLAN = "plan.json"
 RUN_CONFIG = "config.json"
 PROBES = 16
 CHECK_THREADS = 16
@@ -150,7 +150,7 @@ class Receipt:
 
 
 def receipt_url(root: str, plan: Plan, item: Item) -> str:
-    return storage.join(root, "receipts", plan.plan8, f"{item.name}.json")
+    return storage.join(root, "receipts", plan.plan_prefix, f"{item.name}.json")
 
 
 def receipt(root: str, plan: Plan, item: Item) -> Receipt | None:
@@ -435,7 +435,7 @@ def _finished_by(root: str, plan: Plan) -> Manifest:
     manifest = read_manifest(root)
     if manifest.plan != plan.fingerprint:
         raise InputError(
-            f"{root} was finished with another plan, {manifest.plan[:8]} instead of {plan.plan8}; "
+            f"{root} was finished with another plan, {manifest.plan[:8]} instead of {plan.plan_prefix}; "
             "choose another output"
         )
     return manifest

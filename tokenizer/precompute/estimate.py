@@ -93,7 +93,7 @@ def estimate_pass(config: PrecomputeConfig) -> Estimate:
         if (stored := storage.read_or_none(storage.join(root, PLAN))) is not None:
             same_plan(root, stored, plan)
         shards += plan.num_items
-        done += sum(1 for _ in storage.list_files(storage.join(root, "receipts", plan.plan8)))
+        done += sum(1 for _ in storage.list_files(storage.join(root, "receipts", plan.plan_prefix)))
     plan = passes[0].plan
     layer, encode = plan.kind == "codes", plan.recipe.require_encode()
     images = open_dataset(config.output if layer else config.images or "")

@@ -31,7 +31,7 @@ def test_a_plan_survives_json_and_its_items_tile_the_ids(
     )
 
     again = Plan.from_bytes(plan.to_bytes())
-    assert again == plan and again.plan8 == plan.plan8
+    assert again == plan and again.plan_prefix == plan.plan_prefix
     planned = list(items(plan))
     assert len(planned) == plan.num_items == views * len(sizes)
     assert len({item.name for item in planned}) == len(planned)

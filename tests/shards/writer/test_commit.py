@@ -130,7 +130,7 @@ def test_a_finished_dataset_holds_exactly_what_the_manifest_names(
         assert opened.shard_sizes(view).tolist() == [4, 2, 0]
         for number in range(3):
             shard = opened.shard(view, number)
-            named |= {f"/receipts/{plan.plan8}/v{view:02d}-{number:05d}.json"}
+            named |= {f"/receipts/{plan.plan_prefix}/v{view:02d}-{number:05d}.json"}
             paths = [shard.tar, shard.index] + ([shard.rejects] if shard.rejects else [])
             named |= {path.removeprefix(str(tmp_path)) for path in paths}
             assert Path(shard.tar).name == f"v{view:02d}-{number:05d}-{(shard.tar_sha256 or '')[:8]}.tar"
