@@ -25,7 +25,7 @@ from pretrain.evals.image_sets import wnids
 from pretrain.evals.robustness import RobustnessConfig, evaluate_robustness, score
 from pretrain.finetune.augment import AugmentConfig
 from pretrain.finetune.config import FinetuneConfig
-from pretrain.finetune.train import default_center_fraction, finetune_classifier
+from pretrain.finetune.train import finetune_classifier
 from pretrain.model.artifacts import load_classifier, save_classifier
 from pretrain.model.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, BackboneSize
 from pretrain.model.classifier import Classifier, ClassifierConfig
@@ -84,6 +84,14 @@ def result_of(output: Path | str) -> tuple[dict[str, Any], dict[str, dict[str, A
     """The header, and the rows by name."""
     header = json.loads((Path(output) / "robustness.json").read_text())
     return header, {row["name"]: row for row in header["result"]["rows"]}
+
+
+def measured(
+    output: Path, animals: Mapping[str, str], **changes: Any
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The header of an evaluation of the classifier of animals, and the rows by name."""
+    evaluate_robustness(settings(classifier=animals["classifier"], output=str(output), **changes))
+    return result_of(output)
 
 
 def hits(row: Mapping[str, Any]) -> int:
@@ -215,19 +223,11 @@ def animals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_a_set_of_ones_own(
     tmp_path: Path, animals: dict[str, str], restricted: bool, fraction: float
 ) -> None:
-    evaluate_robustness(
-        settings(
-            classifier=animals["classifier"],
-            clean=animals["shards"],
-            shifted=f"few={animals['few']}, all={animals['shards']}",
-            restrict_shifted=restricted,
-            center_fraction=fraction,
-            output=str(tmp_path / "out"),
-        )
-    )
+    sets = {"clean": animals["shards"], "shifted": f"few={animals['few']}, all={animals['shards']}"}
+    changes = {**sets, "restrict_shifted": restricted, "center_fraction": fraction}
+    _, rows = measured(tmp_path / "out", animals, **changes)
     model, header = load_classifier(animals["classifier"])
     names: list[str] = header["class_names"]
-    _, rows = result_of(tmp_path / "out")
     assert list(rows) == ["clean", "few", "all"]
     few, chosen = rows["few"], ("bee", "cat", "fox")
     num, top1, _ = slow_counts(slow_pass(model, animals["few"], fraction), names, chosen, restricted)
@@ -245,13 +245,7 @@ def test_without_clean_images_of_its_classes_a_set_stands_alone(
     tmp_path: Path, animals: dict[str, str]
 ) -> None:
     clean = _folder(tmp_path / "clean", "ant", "eel")
-    evaluate_robustness(
-        settings(
-            classifier=animals["classifier"], clean=clean, shifted=f"few={animals['few']}",
-            output=str(tmp_path / "out"),
-        )
-    )  # fmt: skip
-    header, rows = result_of(tmp_path / "out")
+    header, rows = measured(tmp_path / "out", animals, clean=clean, shifted=f"few={animals['few']}")
     assert rows["few"]["difference"] is None and "no clean image of its classes" in header["table"]
 
 
@@ -288,30 +282,17 @@ def test_numbered_classes_need_no_names(tmp_path: Path, animals: dict[str, str])
 
 
 def test_corrupted_copies_are_those_of_the_crops(tmp_path: Path, animals: dict[str, str]) -> None:
-    evaluate_robustness(
-        settings(
-            classifier=animals["classifier"],
-            clean=animals["clean"],
-            corruptions="jpeg, gaussian_noise,gaussian_blur",
-            severities="5,1",
-            strengths="imagenet_c",
-            seed=3,
-            images_per_batch=8,
-            decode_threads=2,
-            output=str(tmp_path / "out"),
-        )
-    )
-    header, rows = result_of(tmp_path / "out")
+    named = {"corruptions": "jpeg, gaussian_noise,gaussian_blur", "severities": "5,1"}
+    changes = {**named, "strengths": "imagenet_c", "seed": 3, "images_per_batch": 8, "decode_threads": 2}
+    header, rows = measured(tmp_path / "out", animals, clean=animals["clean"], **changes)
     order = ["gaussian_noise", "gaussian_blur", "jpeg"]
     assert list(rows) == ["clean", *(f"{name} {severity}" for name in order for severity in (1, 5))]
 
     model, classifier = load_classifier(animals["classifier"])
     names: list[str] = classifier["class_names"]
     # A sample's id is its place in the listing.
-    files = [
-        Path(source.url)
-        for source in rows_of(list_sources(SourceConfig(url=animals["clean"]), IN_PROCESS).table)
-    ]
+    listing = list_sources(SourceConfig(url=animals["clean"]), IN_PROCESS)
+    files = [Path(source.url) for source in rows_of(listing.table)]
     crops = [slow_crop(Image.open(file)) for file in files]
 
     def num_right(shown: Sequence[np.ndarray]) -> int:
@@ -356,7 +337,6 @@ def test_the_clean_accuracy_is_that_of_the_fine_tuning(tmp_path: Path, make_imag
     evaluate_robustness(config)
     header, rows = result_of(tmp_path / "out")
     assert rows["clean"]["top1"] == load_classifier(str(tmp_path / "ft"))[1]["metrics"]["val_top1"]
-    assert [default_center_fraction(size) for size in (224, 383, 384, 512)] == [0.875, 0.875, 1.0, 1.0]
     found = header["result"]
     assert (found["center_fraction"], found["interpolation"], found["image_size"]) == (0.6, "bilinear", SIDE)
     evaluate_robustness(

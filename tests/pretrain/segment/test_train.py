@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from pretrain.segment.label_maps import CropPolicy, CropReader, list_pairs
 from pretrain.segment.score import Score, confusion_matrix
 from pretrain.segment.train import finetune_segmentation, predict
 from pretrain.segment.upernet import SegmentationLoss, SegmenterOutput, UperNetConfig
-from tests.pipeline.training.kills import asked_to_end, killed_at_save
+from tests.pipeline.training.kills import asked_to_end, killed_at_save, waiting_for_checkpoints
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -231,12 +230,13 @@ def test_loss_that_is_not_finite_names_step_and_batch_and_keeps_the_last_checkpo
         num_threads=1,
     )
     # Records come after steps 4 and 8; the sixth is the culprit.
-    with pytest.raises(NonFiniteLossError, match=f"step 6, batch {', '.join(reader.keys(5))}"):
+    with (
+        waiting_for_checkpoints(),
+        pytest.raises(NonFiniteLossError, match=f"step 6, batch {', '.join(reader.keys(5))}"),
+    ):
         finetune_segmentation(config)
     assert num_steps == 8
-    deadline = time.monotonic() + 20  # checkpoints are written beside the training
-    while (found := CheckpointStore(config.output).latest()) is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    found = CheckpointStore(config.output).latest()
     assert found is not None and found[0].step == 4
     assert all(bool(x.isfinite().all()) for x in found[1]["model"].values())
     assert not (tmp_path / "out" / "segmentation.json").exists()
