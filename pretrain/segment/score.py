@@ -66,11 +66,7 @@ class Score:
 
     def figures(self) -> dict[str, float]:
         """The figures of metrics.jsonl."""
-        return {
-            "miou": self.miou,
-            "mean_accuracy": self.mean_accuracy,
-            "pixel_accuracy": self.pixel_accuracy,
-        }
+        return {name: getattr(self, name) for name in ("miou", "mean_accuracy", "pixel_accuracy")}
 
     def table(self, names: Sequence[str]) -> str:
         """Scores by class, for people."""

@@ -87,13 +87,9 @@ class FeaturePyramid(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.fpn1 = nn.Sequential(
-            nn.ConvTranspose2d(width, width, 2, 2),
-            nn.BatchNorm2d(width),
-            nn.GELU(),
-            nn.ConvTranspose2d(width, width, 2, 2),
-        )
-        self.fpn2 = nn.ConvTranspose2d(width, width, 2, 2)
+        first, last, half = (nn.ConvTranspose2d(width, width, 2, 2) for _ in range(3))
+        self.fpn1 = nn.Sequential(first, nn.BatchNorm2d(width), nn.GELU(), last)
+        self.fpn2 = half
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """Four [B, D, G, G] -> [B, D, 4 G, 4 G], [B, D, 2 G, 2 G], [B, D, G, G], [B, D, G // 2, G // 2]."""
