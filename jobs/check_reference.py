@@ -9,19 +9,23 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.reference.fixtures import Check, Checks, find_fixtures, read_arrays
+from jobs.reference.fixtures import Check, Checks, find_fixtures
 from jobs.reference.vit import check_finetune, check_mim, check_position_tables, check_schedules
 from jobs.reference.vqkd import check_vqkd
 from pipeline import storage
 from pipeline.config import run_job
 from pipeline.errors import InputError
 
-MODELS = {"vqkd_tiny": check_vqkd, "mim_tiny": check_mim, "finetune_tiny": check_finetune}
-TABLES = {"lr_schedules.npz": check_schedules, "relpos_interp.npz": check_position_tables}
+COMPARISONS = {
+    "vqkd_tiny": check_vqkd,
+    "mim_tiny": check_mim,
+    "finetune_tiny": check_finetune,
+    "lr_schedules": check_schedules,
+    "relpos_interp": check_position_tables,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,40 +51,32 @@ def main(config: CheckReferenceConfig) -> None:
 
 
 def check_folder(folder: str) -> Checks:
-    """Every fixture of a folder, in order of names. InputError when it holds none."""
-    names = [file.url.removeprefix(folder).strip("/") for file in storage.list_files(folder)]
-    fixtures, tables = find_fixtures(folder, names), sorted(TABLES.keys() & names)
-    if not fixtures and not tables:
+    """Every fixture of a folder, models before tables. InputError when it holds none."""
+    names = {file.url.removeprefix(folder).strip("/") for file in storage.list_files(folder)}
+    fixtures = find_fixtures(folder, names)
+    if not fixtures:
         raise InputError(
             f"{folder} holds no fixtures ({len(names)} files); give a folder with vqkd_tiny_*, mim_tiny_*, "
-            f"finetune_tiny*, {' or '.join(TABLES)}"
+            "finetune_tiny*, lr_schedules.npz or relpos_interp.npz"
         )
-    checks, used = Checks(), set(tables)
+    checks = Checks()
     for fixture in fixtures:
         checks.group = fixture.stem
         missing = [name for name in fixture.files() if name not in names]
         for name in missing:
             checks.fail(name, "the file is missing")
-        if not missing:
-            _attempt(checks, "fixture", lambda fixture=fixture: MODELS[fixture.kind](fixture, checks))
-        used.update(fixture.files())
-    for name in tables:
-        checks.group, url = name.removesuffix(".npz"), storage.join(folder, name)
-        _attempt(checks, "file", lambda name=name, url=url: TABLES[name](read_arrays(url), checks))
+        whole = "the file as a whole" if len(fixture.files()) == 1 else "the fixture as a whole"
+        try:
+            if not missing:
+                COMPARISONS[fixture.kind](fixture, checks)
+        except InputError as error:
+            checks.fail(whole, str(error))
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            # Arrays that do not fit together.
+            checks.fail(whole, f"{type(error).__name__}: {' '.join(str(error).split())}")
     checks.group = ""
-    checks.leave(set(names) - used)
+    checks.leave(names - {name for fixture in fixtures for name in fixture.files()})
     return checks
-
-
-def _attempt(checks: Checks, what: str, compare: Callable[[], None]) -> None:
-    """Compare; one failed line where the arrays do not fit together, or numbers are none."""
-    try:
-        compare()
-    except InputError as error:
-        checks.fail(f"the {what} as a whole", str(error))
-    except (RuntimeError, ValueError, TypeError, LookupError) as error:
-        text = " ".join(str(error).split())
-        checks.fail(f"the {what} as a whole", f"{type(error).__name__}: {text}")
 
 
 def as_text(checks: Checks) -> str:

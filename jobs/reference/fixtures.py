@@ -1,4 +1,4 @@
-"""Recorded runs of the official code: their files, and how far our values lie from theirs."""
+"""Recorded runs of the official code: their files, their optimizer steps, and how far ours lie from them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import json
 import math
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.errors import InputError
 from pipeline.tensorfile import read_tensors
+from pipeline.training.optim import OptimConfig, build_optimizer, set_lr
 
 # Largest max|a - b| / max|b| of a tensor, float32 on CPU.
 FORWARD = 1e-5
@@ -26,11 +27,13 @@ WEIGHTS = 1e-3  # after three optimizer steps
 NOISE = 1e-7
 """Gradients below this are rounding: AdamW divides by their size, so the sign of such a step is chance."""
 
-_TRAINED = ("init.safetensors", "grads.safetensors", "after3.safetensors", "meta.json")
+_TRAINED = ("_init.safetensors", "_grads.safetensors", "_after3.safetensors", "_meta.json")
 ENDINGS = {
-    "vqkd_tiny": ("train_io.npz", "eval_io.npz", *_TRAINED),
-    "mim_tiny": ("io.npz", *_TRAINED),
-    "finetune_tiny": ("io.npz", "init.safetensors"),
+    "vqkd_tiny": ("_train_io.npz", "_eval_io.npz", *_TRAINED),
+    "mim_tiny": ("_io.npz", *_TRAINED),
+    "finetune_tiny": ("_io.npz", "_init.safetensors"),
+    "lr_schedules": (".npz",),
+    "relpos_interp": (".npz",),
 }
 """Files of a fixture, by the beginning of its name."""
 
@@ -60,7 +63,9 @@ class Checks:
     """Names of arrays and files that were compared with nothing."""
     group: str = ""
 
-    def compare(self, name: str, ours: Tensor, theirs: Tensor, tolerance: float, note: str = "") -> None:
+    def compare(
+        self, name: str, ours: Tensor, theirs: Tensor, note: str = "", *, tolerance: float = FORWARD
+    ) -> None:
         """One tensor, relative to the largest entry of the reference's; whole numbers entry by entry."""
         difference = relative_difference(ours, theirs)
         if ours.shape != theirs.shape:
@@ -75,11 +80,9 @@ class Checks:
         name: str,
         ours: Mapping[str, Tensor],
         theirs: Mapping[str, Tensor],
-        tolerance: float,
-        *,
         gradients: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Tensors by name, each relative to itself, without the entries whose gradient is but noise."""
+        """Gradients by name, each relative to itself; with `gradients`, weights where those exceed NOISE."""
         if missing := sorted(ours.keys() ^ theirs.keys()):
             self.fail(name, f"{missing[0]} is {'not there' if missing[0] in ours else 'unknown here'}")
             return
@@ -94,15 +97,37 @@ class Checks:
             excluded = sum(int(mask.sum()) for mask in noise.values())
             total = sum(tensor.numel() for tensor in theirs.values())
             note += f", {excluded:,} of {total:,} entries without a gradient left out"
-        self._add(name, differences[worst], tolerance, note)
+        self._add(name, differences[worst], GRADIENTS if gradients is None else WEIGHTS, note)
 
-    def compare_steps(self, recorded: Iterable[Mapping[str, Any]], ours: Mapping[str, list[Tensor]]) -> None:
-        """Losses and gradient norms of the optimizer steps, by their names in the meta file."""
-        for key, values in ours.items():
-            norms = key == "grad_norm"
-            theirs = torch.tensor([float(step.get(key, math.nan)) for step in recorded], dtype=torch.float64)
-            name = "three steps: gradient norms" if norms else f"three steps: {key} loss"
-            self.compare(name, torch.stack(values), theirs, GRADIENTS if norms else FORWARD)
+    def compare_steps(
+        self,
+        model: nn.Module,
+        optim: OptimConfig,
+        meta: Mapping[str, Any],
+        losses: Callable[[Mapping[str, Any]], dict[str, Tensor]],
+    ) -> None:
+        """Repeat the recorded optimizer steps: losses by their names in the meta file, and gradient norms.
+
+        `losses` runs the model for a recorded step; `total` is what is differentiated.
+        """
+        optimizer = build_optimizer(model, optim, batch_size=1)
+        figures: list[dict[str, Tensor]] = []
+        for step, rate in zip(meta["three_steps"], meta["lrs"], strict=True):
+            values = losses(step)
+            optimizer.zero_grad()
+            values["total"].backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), meta.get("clip") or math.inf)
+            set_lr(optimizer, rate)
+            optimizer.step()
+            figures.append({**values, "grad_norm": norm})
+        for key in figures[0]:
+            ours = torch.stack([values[key].detach() for values in figures])
+            recorded = [float(step.get(key, math.nan)) for step in meta["three_steps"]]
+            name, tolerance = f"{key} loss", FORWARD
+            if key == "grad_norm":
+                name, tolerance = "gradient norms", GRADIENTS
+            theirs = torch.tensor(recorded, dtype=torch.float64)
+            self.compare(f"three steps: {name}", ours, theirs, tolerance=tolerance)
 
     def fail(self, name: str, why: str) -> None:
         """Something that should be there to be compared, and is not."""
@@ -130,6 +155,17 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     return math.inf if math.isnan(ratio) else ratio
 
 
+@torch.no_grad()
+def nearest(candidates: Iterable[int], compute: Callable[[int], Tensor], expected: Tensor) -> int:
+    """The candidate that reproduces the reference best: for layers and heads, which weights do not tell."""
+    return min(candidates, key=lambda candidate: relative_difference(compute(candidate), expected))
+
+
+def divisors(width: int) -> list[int]:
+    """The numbers of heads that a width allows."""
+    return [heads for heads in range(1, width + 1) if width % heads == 0]
+
+
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     """Gradients by the names of their parameters."""
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -142,15 +178,6 @@ class Arrays(dict[str, Tensor]):
         raise InputError(f"there is no array {key!r}; there are {', '.join(sorted(self)) or 'none'}")
 
 
-def read_arrays(url: str) -> Arrays:
-    """Every array of an .npz file; InputError when it is damaged."""
-    try:
-        with np.load(io.BytesIO(storage.read(url)), allow_pickle=False) as file:
-            return Arrays({key: torch.from_numpy(file[key]) for key in file.files})
-    except (ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{storage.name(url)} cannot be read: {error}") from None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Fixture:
     """One run of the reference: its inputs and outputs, weights before and after, gradients."""
@@ -161,11 +188,16 @@ class Fixture:
 
     def files(self) -> list[str]:
         """Names of the files it consists of."""
-        return [f"{self.stem}_{ending}" for ending in ENDINGS[self.kind]]
+        return [f"{self.stem}{ending}" for ending in ENDINGS[self.kind]]
 
-    def arrays(self, name: str = "io") -> Arrays:
-        """The arrays of a file of numpy arrays."""
-        return read_arrays(storage.join(self.folder, f"{self.stem}_{name}.npz"))
+    def arrays(self, ending: str = ".npz") -> Arrays:
+        """Every array of an .npz file; InputError when it is damaged."""
+        url = storage.join(self.folder, f"{self.stem}{ending}")
+        try:
+            with np.load(io.BytesIO(storage.read(url)), allow_pickle=False) as file:
+                return Arrays({key: torch.from_numpy(file[key]) for key in file.files})
+        except (ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
+            raise InputError(f"{storage.name(url)} cannot be read: {error}") from None
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a safetensors file."""
@@ -185,10 +217,12 @@ class Fixture:
 
 
 def find_fixtures(folder: str, names: Iterable[str]) -> list[Fixture]:
-    """The fixtures among the files of a folder, in order of names, complete or not."""
+    """The fixtures among the files of a folder, complete or not: models, then tables, in order of names."""
     kinds: dict[str, str] = {}
     for name in names:
         for kind, endings in ENDINGS.items():
-            stems = {name.removesuffix(f"_{ending}") for ending in endings} - {name}
-            kinds |= {stem: kind for stem in stems if stem == kind or stem.startswith(f"{kind}_")}
-    return [Fixture(stem=stem, kind=kind, folder=folder) for stem, kind in sorted(kinds.items())]
+            stems = {name.removesuffix(ending) for ending in endings} - {name}
+            models = {stem for stem in stems if stem.startswith(f"{kind}_") and len(endings) > 1}
+            kinds |= dict.fromkeys(models | (stems & {kind}), kind)
+    ordered = sorted(kinds, key=lambda stem: (len(ENDINGS[kinds[stem]]) == 1, stem))
+    return [Fixture(stem=stem, kind=kinds[stem], folder=folder) for stem in ordered]

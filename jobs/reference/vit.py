@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from jobs.reference.fixtures import (
-    FORWARD,
-    GRADIENTS,
-    WEIGHTS,
-    Arrays,
-    Checks,
-    Fixture,
-    gradients_of,
-    relative_difference,
-)
-from pipeline.training.optim import OptimConfig, build_optimizer, set_lr
+from jobs.reference.fixtures import Checks, Fixture, divisors, gradients_of, nearest
+from pipeline.training.optim import OptimConfig
 from pretrain.model.classifier import TABLE, Classifier
 from pretrain.model.mim import MIM, masked_patches, mim_loss
 from pretrain.model.official import INDEX, backbone_from_official, classifier_from_official
@@ -38,7 +28,7 @@ _SCHEDULE_NAME = re.compile(r"(?:^|_)(\d+)ep_(\d+)it_wu(steps)?(\d+)$")
 
 def check_mim(fixture: Fixture, checks: Checks) -> None:
     """Every quantity of a `mim_*` fixture; sizes come from its weights, the early layer by trial."""
-    io, meta, state = fixture.arrays(), fixture.meta(), fixture.tensors("init")
+    io, meta, state = fixture.arrays("_io.npz"), fixture.meta(), fixture.tensors("init")
     images, mask, codes = io["images"], io["mask"].flatten(1).bool(), io["tokens"].flatten(1)
 
     def build(layer: int | None) -> MIM:
@@ -46,61 +36,52 @@ def check_mim(fixture: Fixture, checks: Checks) -> None:
         assert isinstance(model, MIM)
         return model.train().requires_grad_(True)
 
-    @torch.no_grad()
-    def difference(layer: int) -> float:
-        """Distance of the second head from the reference's when it branches off after this block."""
+    def second_logits(layer: int) -> Tensor:
         logits = build(layer)(images, mask).logits_cls
         assert logits is not None
-        return relative_difference(logits, io["logits2_masked"])
+        return logits
 
     model = build(None)
     layer, note = None, "no second head"
     if model.cls_pt_layers is not None:
-        layer = min(range(1, model.config.depth + 1), key=difference)
+        layer = nearest(range(1, model.config.depth + 1), second_logits, io["logits2_masked"])
         own_head = "" if model.cls_pt_lm_head is None else ", with a norm and classifier of its own"
         note = f"second head from layer {layer}, by trial{own_head}"
         model = build(layer)
     if (index := state.get(f"rel_pos_bias.{INDEX}")) is not None:
-        checks.compare(INDEX, model.rel_pos_bias.relative_position_index, index, FORWARD)
+        checks.compare(INDEX, model.rel_pos_bias.relative_position_index, index)
 
-    # What both classifiers see of every patch, and what they say of the masked ones.
-    for head, features in enumerate(_head_inputs(model, images, mask), start=1):
-        theirs = io[f"patch_features{head}"]
-        checks.compare(f"patch_features{head}", features.view_as(theirs), theirs, FORWARD)
     output = model(images, mask)
     loss = mim_loss(output, codes)
     count = loss.num_masked
-    checks.compare("labels", codes.flatten()[output.masked], io["labels"], FORWARD)
-    heads = [(output.logits, loss.loss, loss.correct, "")]
-    if output.logits_cls is not None:
-        heads.append((output.logits_cls, loss.loss_cls, loss.correct_cls, note))
-    for head, (logits, summed, correct, of_head) in enumerate(heads, start=1):
-        checks.compare(f"logits{head}_masked", logits, io[f"logits{head}_masked"], FORWARD, of_head)
-        checks.compare(f"loss{head}", summed / count, io[f"loss{head}"], FORWARD)
-        checks.compare(f"acc{head}", correct / count, io[f"acc{head}"], FORWARD)
     total = loss.objective(count)
-    checks.compare("total_loss", total, io["total_loss"], FORWARD, note)
+    features = _head_inputs(model, images, mask)
+    rows = {f"patch_features{head}": value for head, value in enumerate(features, start=1)}
+    rows["labels"] = codes.flatten()[output.masked]
+    rows |= {"logits1_masked": output.logits, "loss1": loss.loss / count, "acc1": loss.correct / count}
+    if output.logits_cls is not None:
+        rows |= {"logits2_masked": output.logits_cls, "loss2": loss.loss_cls / count}
+        rows["acc2"] = loss.correct_cls / count
+    rows["total_loss"] = total
+    notes = {"logits2_masked": note, "total_loss": note}
+    for name, ours in rows.items():
+        ours = ours.view_as(io[name]) if name.startswith("patch_features") else ours
+        checks.compare(name, ours, io[name], notes.get(name, ""))
     checks.leave(io.keys() - {"images", "mask", "tokens"})
     total.backward()
     gradients = fixture.tensors("grads")
-    checks.compare_all("gradients", gradients_of(model), gradients, GRADIENTS)
+    checks.compare_all("gradients", gradients_of(model), gradients)
 
     # Optimizer steps with clipping, all on the one batch.
     model = build(layer)
-    optimizer = build_optimizer(model, OptimConfig(), batch_size=1)
-    figures: dict[str, list[Tensor]] = {"total": [], "grad_norm": []}
-    for rate in meta["lrs"]:
-        set_lr(optimizer, rate)
-        optimizer.zero_grad()
-        total = mim_loss(model(images, mask), codes).objective(count)
-        total.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), meta.get("clip") or math.inf)
-        optimizer.step()
-        figures["total"].append(total.detach())
-        figures["grad_norm"].append(norm)
-    checks.compare_steps(meta["three_steps"], figures)
+
+    def losses(_step: object) -> dict[str, Tensor]:
+        loss = mim_loss(model(images, mask), codes)
+        return {"total": loss.objective(loss.num_masked)}
+
+    checks.compare_steps(model, OptimConfig(), meta, losses)
     after = {key: t for key, t in fixture.tensors("after3").items() if not key.endswith(INDEX)}
-    checks.compare_all("three steps: weights", model.state_dict(), after, WEIGHTS, gradients=gradients)
+    checks.compare_all("three steps: weights", model.state_dict(), after, gradients)
 
 
 @torch.no_grad()
@@ -118,7 +99,7 @@ def _head_inputs(model: MIM, images: Tensor, mask: Tensor) -> list[Tensor]:
 @torch.no_grad()
 def check_finetune(fixture: Fixture, checks: Checks) -> None:
     """Pooled features, all tokens and logits of a `finetune_*` fixture; heads by trial if no table tells."""
-    io, state = fixture.arrays(), fixture.tensors("init")
+    io, state = fixture.arrays("_io.npz"), fixture.tensors("init")
     images = io["images"]
 
     def build(heads: int | None) -> Classifier:
@@ -126,26 +107,25 @@ def check_finetune(fixture: Fixture, checks: Checks) -> None:
 
     heads, note = None, ""
     if not any(key.endswith(TABLE) for key in state):
-        width = state["cls_token"].shape[-1]
-        candidates = [heads for heads in range(1, width + 1) if width % heads == 0]
-        heads = min(candidates, key=lambda n: relative_difference(build(n).pooled(images), io["pooled"]))
+        candidates = divisors(state["cls_token"].shape[-1])
+        heads = nearest(candidates, lambda heads: build(heads).pooled(images), io["pooled"])
         note = f"{heads} heads, by trial"
     model = build(heads)
     for key in (key for key in state if key.endswith(INDEX)):
-        checks.compare(key, relative_position_index(model.config.backbone.grid), state[key], FORWARD)
-    checks.compare("pooled", model.pooled(images), io["pooled"], FORWARD, f"{model.config.pooling} pooling")
-    checks.compare("all_tokens", model.forward_tokens(images), io["all_tokens"], FORWARD, note)
-    checks.compare("logits", model(images), io["logits"], FORWARD)
+        checks.compare(key, relative_position_index(model.config.backbone.grid), state[key])
+    checks.compare("pooled", model.pooled(images), io["pooled"], f"{model.config.pooling} pooling")
+    checks.compare("all_tokens", model.forward_tokens(images), io["all_tokens"], note)
+    checks.compare("logits", model(images), io["logits"])
     checks.leave(io.keys() - {"images"})
 
 
-def check_schedules(arrays: Mapping[str, Tensor], checks: Checks) -> None:
+def check_schedules(fixture: Fixture, checks: Checks) -> None:
     """Every schedule whose name says epochs, steps per epoch and warm-up: `mim_30ep_10it_wu10`, `…_wusteps7`.
 
     Both learning rates are read off the array: the peak is its maximum, and the last step lies a known part
     of the way above the minimum.
     """
-    for name, expected in arrays.items():
+    for name, expected in fixture.arrays().items():
         match = _SCHEDULE_NAME.search(name)
         if match is None:
             checks.leave([name])
@@ -159,11 +139,12 @@ def check_schedules(arrays: Mapping[str, Tensor], checks: Checks) -> None:
         lr = OptimConfig(peak_lr=peak, min_lr=min_lr, warmup_epochs=warmup_steps).schedule(1, 1, total)
         ours = torch.tensor([lr(step) for step in range(total)], dtype=torch.float64)
         note = f"{warmup_steps} of {total} steps warm up, to {peak:.3g}"
-        checks.compare(name, ours, expected.double(), SCHEDULE, note)
+        checks.compare(name, ours, expected.double(), note, tolerance=SCHEDULE)
 
 
-def check_position_tables(arrays: Arrays, checks: Checks) -> None:
+def check_position_tables(fixture: Fixture, checks: Checks) -> None:
     """`interp2d_<grid>`: `src` [H, S, S] for another grid; `coords_<grid>`: where the spline's points lie."""
+    arrays = fixture.arrays()
     source = arrays["src"].flatten(1).t()
     # The rows of [CLS] must come through untouched, whatever they hold.
     cls_rows = torch.arange(1.0, NUM_SPECIAL_ROWS + 1)[:, None].expand(-1, source.shape[1])
@@ -176,9 +157,9 @@ def check_position_tables(arrays: Arrays, checks: Checks) -> None:
             if not torch.equal(ours[-NUM_SPECIAL_ROWS:], table[-NUM_SPECIAL_ROWS:]):
                 checks.fail(name, "the rows of [CLS] are not carried over")
             note = f"{grid}x{grid} to {number}x{number}"
-            checks.compare(name, ours[:-NUM_SPECIAL_ROWS], expected.flatten(1).t(), FORWARD, note)
+            checks.compare(name, ours[:-NUM_SPECIAL_ROWS], expected.flatten(1).t(), note)
         elif kind == "coords" and number.isdigit():
             coordinates = torch.tensor(spline_coordinates(grid, int(number)), dtype=torch.float64)
-            checks.compare(name, coordinates, expected.double(), FORWARD)
+            checks.compare(name, coordinates, expected.double())
         elif name != "src":
             checks.leave([name])
