@@ -91,18 +91,11 @@ def as_text(checks: Checks) -> str:
 
 def as_json(checks: Checks) -> dict[str, Any]:
     """The same as one JSON object; a difference that is no number is null."""
-    return {
-        "passed": all(check.passed for check in checks.done),
-        "checks": [
-            {
-                **dataclasses.asdict(check),
-                "difference": check.difference if math.isfinite(check.difference) else None,
-                "passed": check.passed,
-            }
-            for check in checks.done
-        ],
-        "left_alone": checks.left_alone,
-    }
+    rows = [{**dataclasses.asdict(check), "passed": check.passed} for check in checks.done]
+    for row in rows:
+        row["difference"] = row["difference"] if math.isfinite(row["difference"]) else None
+    passed = all(check.passed for check in checks.done)
+    return {"passed": passed, "checks": rows, "left_alone": checks.left_alone}
 
 
 def _line(check: Check, width: int) -> str:

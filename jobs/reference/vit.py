@@ -6,7 +6,7 @@ import math
 import re
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jobs.reference.fixtures import Checks, Fixture, divisors, gradients_of, nearest
 from pipeline.training.optim import OptimConfig
@@ -51,21 +51,32 @@ def check_mim(fixture: Fixture, checks: Checks) -> None:
     if (index := state.get(f"rel_pos_bias.{INDEX}")) is not None:
         checks.compare(INDEX, model.rel_pos_bias.relative_position_index, index)
 
+    # Without their classifiers the heads give what those see of every patch.
+    bare = build(layer)
+    for name in {"lm_head", "cls_pt_lm_head"} & dict(bare.named_children()).keys():
+        bare.add_module(name, nn.Identity())
+    with torch.no_grad():
+        features = bare(images, mask, masked_patches(torch.ones_like(mask)))
     output = model(images, mask)
     loss = mim_loss(output, codes)
     count = loss.num_masked
     total = loss.objective(count)
-    features = _head_inputs(model, images, mask)
-    rows = {f"patch_features{head}": value for head, value in enumerate(features, start=1)}
-    rows["labels"] = codes.flatten()[output.masked]
-    rows |= {"logits1_masked": output.logits, "loss1": loss.loss / count, "acc1": loss.correct / count}
-    if output.logits_cls is not None:
-        rows |= {"logits2_masked": output.logits_cls, "loss2": loss.loss_cls / count}
-        rows["acc2"] = loss.correct_cls / count
-    rows["total_loss"] = total
+    rows = {
+        "patch_features1": features.logits,
+        "patch_features2": features.logits_cls,
+        "labels": codes.flatten()[output.masked],
+        "logits1_masked": output.logits,
+        "loss1": loss.loss / count,
+        "acc1": loss.correct / count,
+        "logits2_masked": output.logits_cls,
+        "loss2": loss.loss_cls / count,
+        "acc2": loss.correct_cls / count,
+        "total_loss": total,
+    }
     notes = {"logits2_masked": note, "total_loss": note}
-    for name, ours in rows.items():
-        ours = ours.view_as(io[name]) if name.startswith("patch_features") else ours
+    absent = {"patch_features2", "logits2_masked", "loss2", "acc2"} if layer is None else set()
+    for name in [name for name in rows if name not in absent]:
+        ours = rows[name].view_as(io[name]) if name in ("patch_features1", "patch_features2") else rows[name]
         checks.compare(name, ours, io[name], notes.get(name, ""))
     checks.leave(io.keys() - {"images", "mask", "tokens"})
     total.backward()
@@ -85,18 +96,6 @@ def check_mim(fixture: Fixture, checks: Checks) -> None:
 
 
 @torch.no_grad()
-def _head_inputs(model: MIM, images: Tensor, mask: Tensor) -> list[Tensor]:
-    """Input of each head's classifier for every patch [B * N, D]."""
-    inputs: list[Tensor] = []
-    classifiers = {model.lm_head, model.cls_pt_lm_head or model.lm_head}
-    handles = [c.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for c in classifiers]
-    model(images, mask, masked_patches(torch.ones_like(mask)))
-    for handle in handles:
-        handle.remove()
-    return inputs
-
-
-@torch.no_grad()
 def check_finetune(fixture: Fixture, checks: Checks) -> None:
     """Pooled features, all tokens and logits of a `finetune_*` fixture; heads by trial if no table tells."""
     io, state = fixture.arrays("_io.npz"), fixture.tensors("init")
@@ -107,8 +106,8 @@ def check_finetune(fixture: Fixture, checks: Checks) -> None:
 
     heads, note = None, ""
     if not any(key.endswith(TABLE) for key in state):
-        candidates = divisors(state["cls_token"].shape[-1])
-        heads = nearest(candidates, lambda heads: build(heads).pooled(images), io["pooled"])
+        width = state["cls_token"].shape[-1]
+        heads = nearest(divisors(width), lambda heads: build(heads).pooled(images), io["pooled"])
         note = f"{heads} heads, by trial"
     model = build(heads)
     for key in (key for key in state if key.endswith(INDEX)):

@@ -46,12 +46,9 @@ class _Case:
         def predicted(heads: int) -> Tensor:
             return clip_tokens(self.tower, self.io["teacher_input"], heads)
 
-        widths = config.encoder_size.width, config.decoder_size.width
-        self.config = replace(
-            config,
-            heads=nearest(divisors(widths[0]), encoded, self.io["encoder_features"]),
-            decoder_heads=nearest(divisors(widths[1]), decoded, self.io["decoder_features"]),
-        )
+        heads = nearest(divisors(config.encoder_size.width), encoded, self.io["encoder_features"])
+        decoder_heads = nearest(divisors(config.decoder_size.width), decoded, self.io["decoder_features"])
+        self.config = replace(config, heads=heads, decoder_heads=decoder_heads)
         self.teacher_heads = nearest(divisors(len(self.tower["proj"])), predicted, self.io["target"])
 
     def model(self, config: VQKDConfig | None = None) -> VQKD:

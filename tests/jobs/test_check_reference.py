@@ -37,10 +37,14 @@ def random_state(model: nn.Module, generator: torch.Generator) -> State:
 
 def adamw(state: State, decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     """Decay on matrices and tables, not on [CLS] and absolute positions."""
-    trained = {name: tensor for name, tensor in state.items() if tensor.requires_grad}
-    plain = [t for name, t in trained.items() if t.ndim < 2 or name.endswith(("cls_token", "pos_embed"))]
-    rest = [t for t in trained.values() if not any(t is other for other in plain)]
-    groups = [{"params": plain, "weight_decay": 0.0}, {"params": rest, "weight_decay": decay}]
+    groups = [
+        {
+            "params": [t],
+            "weight_decay": 0.0 if t.ndim < 2 or name.endswith(("cls_token", "pos_embed")) else decay,
+        }
+        for name, t in state.items()
+        if t.requires_grad
+    ]
     return torch.optim.AdamW(groups, betas=betas)
 
 
@@ -107,9 +111,7 @@ def write_vqkd(folder: Path, stem: str, *, kmeans: bool, codebook: int) -> None:
     drawn = torch.randperm(27, generator=generator)[:codebook].tolist()
 
     def fresh() -> State:
-        return {k: t.clone().requires_grad_() for k, t in trained.items()} | {
-            k: t.clone() for k, t in buffers.items()
-        }
+        return {k: t.clone().requires_grad_(k in trained) for k, t in (trained | buffers).items()}
 
     images = torch.rand(3, 3, 12, 12, generator=generator)
     target = tower((images - shift) / scale)
@@ -164,11 +166,11 @@ def write_mim(folder: Path, stem: str) -> None:
     optimizer, steps, lrs, clip = adamw(state, 0.05, (0.9, 0.999)), [], [1e-3, 2e-3, 3e-3], 0.5
     for lr in lrs:
         total = slow_mim(state, images, mask, codes, layer=2)["total_loss"]
-        found = gradients_of(total, state)
-        length = total_norm(found)
+        step_gradients = gradients_of(total, state)
+        length = total_norm(step_gradients)
         steps.append({"total": total.item(), "grad_norm": length})
         factor = min(1.0, clip / (length + 1e-6))
-        step(optimizer, state, {key: gradient * factor for key, gradient in found.items()}, lr)
+        step(optimizer, state, {key: g * factor for key, g in step_gradients.items()}, lr)
     assert steps[0]["grad_norm"] > clip
     save(
         folder,
@@ -272,6 +274,8 @@ def test_json_is_one_document_with_the_same_verdicts(fixtures: Path, tmp_path: P
         ("vqkd_tiny_random_eval_io.npz", "rec", 1e-3, "evaluation rec"),
         ("vqkd_tiny_kmeans_train_io.npz", "codebook_after", 1e-4, "codebook_after, one EMA update"),
         ("vqkd_tiny_kmeans_after3.safetensors", "quantize.embedding.weight", 0.1, "weights and codebook"),
+        ("mim_tiny_own_head_io.npz", "patch_features1", 1e-3, "patch_features1"),
+        ("mim_tiny_own_head_io.npz", "patch_features2", 1e-3, "patch_features2"),
         ("mim_tiny_own_head_io.npz", "logits2_masked", 1e-3, "logits2_masked"),
         ("mim_tiny_own_head_grads.safetensors", "cls_pt_norm.weight", 1e-3, "gradients"),
         ("mim_tiny_own_head_grads.safetensors", "blocks.0.gamma_1", math.nan, "gradients"),
