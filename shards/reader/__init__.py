@@ -1,5 +1,6 @@
 """Streaming a dataset to a training loop.
 
-`order` says which sample stands at which position, `reader` delivers batches in that order; shards are
-fetched ahead, kept open while they are in use and cached on disk, and figures say where the time went.
+`order` says which sample stands at which position, `reader` delivers batches in that order with the threads
+and buffers of `workers`; `lookahead` has shards fetched before they are needed, `open_shards` keeps those in
+use, `disk_cache` those of remote stores on this node, and `figures` say where the time went.
 """

@@ -97,13 +97,13 @@ class OpenShards:
         dataset: Dataset,
         executor: Executor,
         max_bytes: int,
-        node: DiskCache | None = None,
+        disk: DiskCache | None = None,
         telemetry: Telemetry | None = None,
     ) -> None:
         self._dataset = dataset
         self._executor = executor
         self._max_bytes = max_bytes
-        self._node = DiskCache(CacheConfig()) if node is None else node
+        self._disk = DiskCache(CacheConfig()) if disk is None else disk
         self._telemetry = Telemetry() if telemetry is None else telemetry
         self._lock = threading.RLock()  # an inline executor opens the shard under it
         self._shards: OrderedDict[tuple[int, int], Future[OpenShard]] = OrderedDict()
@@ -193,17 +193,17 @@ class OpenShards:
             part = CachedObject(
                 name=sha256_hex(place.encode()), bytes=end - first, what=f"{info.tar} of shard {info.name}"
             )
-            return self._node.open(part, functools.partial(self._fetched_part, info, first, end)), first
+            return self._disk.open(part, functools.partial(self._fetched_part, info, first, end)), first
         entry = cached_tar(info)
         if entry is None:
             file = _mapped(info)
             if (wrong := self._unlike(info, file)) is not None:
                 raise _damaged(info, wrong)
             return file, 0
-        file = self._node.open(entry, functools.partial(self._fetched, info))
+        file = self._disk.open(entry, functools.partial(self._fetched, info))
         if self._unlike(info, file) is not None:
-            self._node.drop(entry)  # damaged on this disk; the store may have it whole
-            file = self._node.open(entry, functools.partial(self._fetched, info))
+            self._disk.drop(entry)  # damaged on this disk; the store may have it whole
+            file = self._disk.open(entry, functools.partial(self._fetched, info))
             if (wrong := self._unlike(info, file)) is not None:
                 raise _damaged(info, wrong)
         return file, 0
