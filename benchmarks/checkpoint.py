@@ -24,8 +24,8 @@ from pipeline.config import run_job
 from pipeline.training.checkpoints import CheckpointStore, TrainState
 from pipeline.training.optim import OptimConfig, autocast, build_optimizer, resolve_precision
 from pretrain.masking import MaskConfig, draw_block_masks
-from pretrain.model.backbone import BackboneSize
 from pretrain.model.mim import MIM, MIMConfig, masked_patches, mim_loss
+from pretrain.model.size import BackboneSize
 
 CODEBOOK_SIZE = 8192
 

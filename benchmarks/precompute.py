@@ -34,7 +34,8 @@ from shards.pixels.views import decode_crop
 from shards.writer.commit import finish, pending, receipt, start
 from shards.writer.prepare import PrepareConfig, prepare_images
 from tokenizer.model.artifact import VisualTokenizer, save_tokenizer
-from tokenizer.model.teacher import TeacherConfig, build_teacher
+from tokenizer.model.teacher import build_teacher
+from tokenizer.model.teacher_config import TeacherConfig
 from tokenizer.model.vqkd import VQKD, VQKDConfig
 from tokenizer.precompute.config import PrecomputeConfig
 from tokenizer.precompute.items import ItemWriter

@@ -11,8 +11,8 @@ from pipeline.training.optim import (
     OptimConfig,
 )
 from pretrain.masking import MaskConfig
-from pretrain.model.backbone import BackboneSize
 from pretrain.model.mim import MIMConfig
+from pretrain.model.size import BackboneSize
 from shards.dataset.corpus import SubsetConfig
 from shards.pixels.views import ViewPolicy
 from shards.reader.disk_cache import CacheConfig

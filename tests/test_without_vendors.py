@@ -19,7 +19,7 @@ for absent in ("ray", "open_clip", "moto"):
 
 from pipeline.cluster.config import ClusterConfig
 from pretrain.model.artifacts import load_backbone
-from pretrain.model.backbone import BackboneSize
+from pretrain.model.size import BackboneSize
 from pretrain.model.mim import MIMConfig, PatchAggregationConfig
 from pretrain.config import PretrainConfig
 from pretrain.train import pretrain_mim

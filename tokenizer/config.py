@@ -12,7 +12,7 @@ from pipeline.training.optim import (
 from shards.dataset.corpus import SubsetConfig
 from shards.pixels.views import ViewPolicy
 from shards.reader.disk_cache import CacheConfig
-from tokenizer.model.teacher import TeacherConfig
+from tokenizer.model.teacher_config import TeacherConfig
 from tokenizer.model.vqkd import VQKDConfig
 
 

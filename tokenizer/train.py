@@ -39,7 +39,8 @@ from shards.reader.reader import Batches, ShardReader
 from tokenizer.config import TokenizerTrainConfig
 from tokenizer.model.artifact import save_tokenizer
 from tokenizer.model.quantizer import CodeSums, CodeUsage
-from tokenizer.model.teacher import Teacher, build_teacher, with_absolute_weights
+from tokenizer.model.teacher import Teacher, build_teacher
+from tokenizer.model.teacher_config import with_absolute_weights
 from tokenizer.model.vqkd import VQKD, VQKDOutput, normalize_pixels
 
 FIGURES = ("loss", "rec_loss", "emb_loss")

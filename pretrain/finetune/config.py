@@ -10,11 +10,11 @@ from pipeline.errors import InputError
 from pipeline.training.config import TrainingConfig
 from pipeline.training.optim import OptimConfig
 from pretrain.finetune.augment import AugmentConfig
-from pretrain.model.backbone import BackboneSize
 from pretrain.model.classifier import Pooling
+from pretrain.model.size import BackboneSize
 from shards.dataset.corpus import SubsetConfig
 from shards.pixels.views import ViewPolicy
-from tokenizer.model.teacher import TeacherConfig
+from tokenizer.model.teacher_config import TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)

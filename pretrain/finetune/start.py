@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from pipeline import artifacts
 from pipeline.errors import InputError
 from pretrain.model.artifacts import CLASSIFIER, read_pretrained, read_weights, save_classifier, weights_file
-from pretrain.model.backbone import BackboneConfig, BackboneSize, normalize_images
+from pretrain.model.backbone import BackboneConfig, normalize_images
 from pretrain.model.classifier import Classifier, ClassifierConfig, Pooling, classifier_from_backbone
+from pretrain.model.size import BackboneSize
 from tokenizer.model.artifact import load_vqkd, read_tokenizer
-from tokenizer.model.teacher import ClipTokens, TeacherConfig, build_teacher
+from tokenizer.model.teacher import ClipTokens, build_teacher
+from tokenizer.model.teacher_config import TeacherConfig
 
 TEACHER_KIND = "teacher_classifier"
 

@@ -45,7 +45,7 @@ from shards.dataset.labels import translate_labels
 from shards.pixels.crops import FreshCrops
 from shards.pixels.views import CENTER_FRACTION, ViewPolicy
 from shards.reader.reader import Batches, SampleBatch, ShardReader
-from tokenizer.model.teacher import with_absolute_weights
+from tokenizer.model.teacher_config import with_absolute_weights
 
 TOP_K = 5
 LAST = "last"

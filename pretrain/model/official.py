@@ -16,13 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError
 from pipeline.tensorfile import as_float32, common_size, count_numbered, match
-from pretrain.model.backbone import (
-    HEAD_PREFIXES,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Backbone,
-    BackboneConfig,
-)
+from pretrain.model.backbone import HEAD_PREFIXES, IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneConfig
 from pretrain.model.classifier import SHARED_TABLE, TABLE, Classifier, ClassifierConfig
 from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
 from pretrain.model.positions import (

@@ -10,7 +10,7 @@ from typing import Literal
 from pipeline.config import ASIDE, PLACE
 from pipeline.errors import InputError
 from pipeline.training.config import TrainingConfig
-from pretrain.model.backbone import BackboneSize
+from pretrain.model.size import BackboneSize
 from pretrain.segment.label_maps import CropPolicy, LabelRules
 from pretrain.segment.upernet import UperNetConfig
 

@@ -14,8 +14,8 @@ from pipeline.cluster.config import ClusterConfig
 from pipeline.training.optim import OptimConfig
 from pretrain.config import PretrainConfig
 from pretrain.masking import MaskConfig
-from pretrain.model.backbone import BackboneSize
 from pretrain.model.mim import MIMConfig, PatchAggregationConfig
+from pretrain.model.size import BackboneSize
 from pretrain.train import pretrain_mim
 from shards.pixels.views import ViewPolicy
 from shards.writer.prepare import PrepareConfig, prepare_images

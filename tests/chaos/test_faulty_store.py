@@ -225,7 +225,8 @@ def test_prepare_precompute_and_read_under_all_faults(
     from shards.reader.reader import Batches, ShardReader
     from shards.writer.prepare import PrepareConfig, prepare_images
     from tokenizer.model.artifact import METRICS, save_tokenizer
-    from tokenizer.model.teacher import TeacherConfig, build_teacher
+    from tokenizer.model.teacher import build_teacher
+    from tokenizer.model.teacher_config import TeacherConfig
     from tokenizer.model.vqkd import VQKD, VQKDConfig
     from tokenizer.precompute.config import PrecomputeConfig
     from tokenizer.precompute.run import precompute_shards

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 
 LIMITS = {
-    "One pretraining step": (1240, 7),
-    "One tokenizer step": (1640, 7),
+    "One pretraining step": (1210, 7),
+    "One tokenizer step": (1610, 7),
     "One precompute item": (2390, 9),
     "One read batch": (1760, 7),
     "Verify and repair": (950, 4),

@@ -13,8 +13,8 @@ from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import InputError
 from pipeline.training.metrics import read_metrics
 from pretrain.config import PretrainConfig
-from pretrain.model.backbone import BackboneSize
 from pretrain.model.mim import MIMConfig, PatchAggregationConfig
+from pretrain.model.size import BackboneSize
 from pretrain.train import pretrain_mim
 from shards.dataset.corpus import SubsetConfig
 from shards.dataset.dataset import open_dataset, views_url

@@ -17,8 +17,8 @@ from pipeline.training.metrics import read_metrics
 from pipeline.training.optim import OptimConfig
 from pretrain.config import PretrainConfig
 from pretrain.model.artifacts import load_backbone, load_mim, read_backbone_header
-from pretrain.model.backbone import BackboneSize
 from pretrain.model.mim import MIMConfig, PatchAggregationConfig
+from pretrain.model.size import BackboneSize
 from pretrain.train import pretrain_mim
 from shards.dataset.dataset import open_dataset
 from shards.pixels.crops import StoredCrops

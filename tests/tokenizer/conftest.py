@@ -18,7 +18,8 @@ from shards.pixels.views import ViewPolicy
 from shards.writer.prepare import PrepareConfig, prepare_images
 from tokenizer.config import TokenizerTrainConfig
 from tokenizer.model.artifact import METRICS, save_tokenizer
-from tokenizer.model.teacher import TeacherConfig, build_teacher
+from tokenizer.model.teacher import build_teacher
+from tokenizer.model.teacher_config import TeacherConfig
 from tokenizer.model.vqkd import VQKD, VQKDConfig
 from tokenizer.train import train_tokenizer
 

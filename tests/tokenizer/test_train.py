@@ -22,7 +22,8 @@ from shards.reader.reader import Batches, ShardReader
 from tests.pipeline.gloo_group import GlooGroups, GroupKilledError, check_nothing_lost_nothing_twice
 from tests.pipeline.training.kills import asked_to_end, killed_at_save
 from tokenizer.config import TokenizerTrainConfig
-from tokenizer.model.teacher import TeacherConfig, build_teacher
+from tokenizer.model.teacher import build_teacher
+from tokenizer.model.teacher_config import TeacherConfig
 from tokenizer.model.vqkd import VQKD
 from tokenizer.train import train_tokenizer, validate
 

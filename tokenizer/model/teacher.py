@@ -5,48 +5,30 @@ A teacher is an argument of the training loop, never part of the tokenizer's sta
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline import artifacts, storage
+from pipeline import artifacts
 from pipeline.errors import InputError
-from pipeline.tensorfile import WRAPPERS, read_tensors
 from tokenizer.model.hog import Hog
+from tokenizer.model.teacher_config import (
+    Rgb,
+    TeacherConfig,
+    as_rgb,
+    is_file,
+    load_strictly,
+    no_such_model,
+    no_weights,
+    read_state_dict,
+    require_weights,
+)
 from tokenizer.model.vqkd import channels_first
-
-CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-
-Rgb = tuple[float, float, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """Which features the tokenizer learns to predict. The default needs no weights."""
-
-    name: str = "hog"
-    """hog (hand-crafted, not semantic: edges and textures), open_clip:<model> (the paper's teacher is
-    open_clip:ViT-B-16 with pretrained openai) or timm:<model> (timm:vit_base_patch16_224 with dino)."""
-    pretrained: str | None = None
-    """Weights: a tag of the library (downloaded), or a path or URL of a .safetensors or .pt state dict."""
-    input_size: int | None = None
-    """Side of the teacher's input, in pixels; images are resized to it. null: the model's own. Its grid of
-    patches must be the tokenizer's."""
-    mean: Rgb | None = None
-    """Input mean per channel, for images in [0, 1]; null: the one the model was trained with."""
-    std: Rgb | None = None
-    """Input standard deviation per channel; null: the one the model was trained with."""
-    force_quick_gelu: bool = False
-    """open_clip only: for OpenAI's weights from a file (a tag knows by itself)."""
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
-    """timm only: arguments of the model's constructor, e.g. img_size, patch_size, depth of your own ViT."""
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -109,13 +91,6 @@ class Teacher(nn.Module):
             size = (self.input_size, self.input_size)
             images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0.0, 1.0)
         return self.body((images - self.mean) / self.std).float()
-
-
-def with_absolute_weights(config: TeacherConfig) -> TeacherConfig:
-    """The same teacher, its weights named so that any process finds them."""
-    if config.pretrained is None or not _is_file(config.pretrained):
-        return config
-    return dataclasses.replace(config, pretrained=storage.absolute(config.pretrained))
 
 
 def build_teacher(
@@ -198,9 +173,9 @@ def _open_clip(config: TeacherConfig, model_name: str, image_size: int) -> Teach
         near = [
             known for known in open_clip.list_models() if known.lower().startswith(model_name.lower()[:5])
         ]
-        raise _no_model(config, "open_clip", near)
-    weights = _weights(config)
-    tag = None if _is_file(weights) else weights
+        raise no_such_model(config, "open_clip", near)
+    weights = require_weights(config)
+    tag = None if is_file(weights) else weights
     tags = open_clip.list_pretrained_tags_by_model(model_name)
     if tag is not None and tag not in tags:
         raise InputError(
@@ -218,26 +193,26 @@ def _open_clip(config: TeacherConfig, model_name: str, image_size: int) -> Teach
             pretrained_text=False,
         )
     except Exception as error:
-        raise _no_weights(config, error) from error
+        raise no_weights(config, error) from error
     visual = model.visual
     if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None:
         raise InputError(
             f"open_clip:{model_name} has no plain ViT image tower; use timm:<model> for its weights"
         )
     if tag is None:
-        tensors = _read_state_dict(weights)
+        tensors = read_state_dict(weights)
         if not any(name.startswith("visual.") for name in tensors):
             tensors = {f"visual.{name}": tensor for name, tensor in tensors.items()}
         resize_pos_embed(tensors, model)
         image = {n.removeprefix("visual."): t for n, t in tensors.items() if n.startswith("visual.")}
-        _load_strictly(visual, image, config)
+        load_strictly(visual, image, config)
     return Teacher(
         ClipTokens(visual),
         name=config.name,
         image_size=image_size,
         input_size=int(visual.conv1.stride[0] * visual.grid_size[0]),
-        mean=config.mean or _rgb(known.get("mean") or open_clip.OPENAI_DATASET_MEAN),
-        std=config.std or _rgb(known.get("std") or open_clip.OPENAI_DATASET_STD),
+        mean=config.mean or as_rgb(known.get("mean") or open_clip.OPENAI_DATASET_MEAN),
+        std=config.std or as_rgb(known.get("std") or open_clip.OPENAI_DATASET_STD),
     )
 
 
@@ -270,9 +245,9 @@ def _timm(config: TeacherConfig, model_name: str, image_size: int) -> Teacher:
         raise InputError("force_quick_gelu is for open_clip teachers; leave it out for timm")
     architecture, _, tag = model_name.partition(".")
     if not timm.is_model(architecture):
-        raise _no_model(config, "timm", timm.list_models(f"{architecture[:12]}*"))
-    weights = _weights(config) if config.pretrained is not None or not tag else tag
-    from_file = config.pretrained is not None and _is_file(weights)
+        raise no_such_model(config, "timm", timm.list_models(f"{architecture[:12]}*"))
+    weights = require_weights(config) if config.pretrained is not None or not tag else tag
+    from_file = config.pretrained is not None and is_file(weights)
     kwargs = {**config.model_kwargs, "num_classes": 0}
     if not from_file and config.input_size is not None:
         kwargs["img_size"] = config.input_size
@@ -282,11 +257,11 @@ def _timm(config: TeacherConfig, model_name: str, image_size: int) -> Teacher:
     except TypeError as error:
         raise InputError(f"{config.name} refuses model_kwargs {config.model_kwargs}: {error}") from error
     except Exception as error:
-        raise _no_weights(config, error) from error
+        raise no_weights(config, error) from error
     if from_file:
-        tensors = _read_state_dict(weights)
+        tensors = read_state_dict(weights)
         heads = ("head.", "head_dist.")
-        _load_strictly(model, {n: t for n, t in tensors.items() if not n.startswith(heads)}, config)
+        load_strictly(model, {n: t for n, t in tensors.items() if not n.startswith(heads)}, config)
         if config.input_size is not None:
             if not hasattr(model, "set_input_size"):
                 raise InputError(f"timm:{architecture} has one input size; leave input_size out")
@@ -299,57 +274,6 @@ def _timm(config: TeacherConfig, model_name: str, image_size: int) -> Teacher:
         name=config.name,
         image_size=image_size,
         input_size=int(native[0]),
-        mean=config.mean or _rgb(data["mean"]),
-        std=config.std or _rgb(data["std"]),
+        mean=config.mean or as_rgb(data["mean"]),
+        std=config.std or as_rgb(data["std"]),
     )
-
-
-# ------------------------------------------------------------------------------------------------ weights
-
-
-def _weights(config: TeacherConfig) -> str:
-    if config.pretrained is None:
-        raise InputError(
-            f"teacher {config.name} needs weights: set pretrained to a tag, or to a .safetensors or .pt file"
-        )
-    return config.pretrained
-
-
-def _no_model(config: TeacherConfig, library: str, near: Sequence[str]) -> InputError:
-    return InputError(f"{library} has no model {config.name!r}; near it: {', '.join(near[:8]) or 'none'}")
-
-
-def _is_file(pretrained: str) -> bool:
-    return "/" in pretrained or pretrained.endswith(CHECKPOINT_SUFFIXES)
-
-
-def _no_weights(config: TeacherConfig, error: Exception) -> InputError:
-    return InputError(
-        f"teacher {config.name} with pretrained {config.pretrained!r} could not be made: "
-        f"{_one_line(error)}; without a network, give pretrained a file"
-    )
-
-
-def _read_state_dict(url: str) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file, or of a .pt file with nothing but tensors; InputError otherwise."""
-    tensors = read_tensors(url, wrappers=(*WRAPPERS, "teacher")).tensors
-    return {name.removeprefix("module.").removeprefix("backbone."): value for name, value in tensors.items()}
-
-
-def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], config: TeacherConfig) -> None:
-    try:
-        model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)
-    except RuntimeError as error:
-        raise InputError(
-            f"{config.pretrained} does not fit {config.name}: {_one_line(error)}; "
-            "check the model's name and model_kwargs"
-        ) from None
-
-
-def _rgb(values: Sequence[float]) -> Rgb:
-    red, green, blue = values
-    return float(red), float(green), float(blue)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -27,8 +27,9 @@ from pretrain.finetune.augment import AugmentConfig
 from pretrain.finetune.config import FinetuneConfig
 from pretrain.finetune.train import finetune_classifier
 from pretrain.model.artifacts import load_classifier, save_classifier
-from pretrain.model.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig, BackboneSize
+from pretrain.model.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneConfig
 from pretrain.model.classifier import Classifier, ClassifierConfig
+from pretrain.model.size import BackboneSize
 from shards.dataset.dataset import open_dataset
 from shards.pixels.views import ViewPolicy
 from shards.sources.listing import SourceConfig, list_sources

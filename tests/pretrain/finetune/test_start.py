@@ -14,8 +14,8 @@ from pipeline.errors import InputError
 from pretrain.finetune.start import from_backbone, from_scratch, from_teacher, from_tokenizer
 from pretrain.finetune.train import finetune_classifier
 from pretrain.model.artifacts import load_classifier, save_classifier
-from pretrain.model.backbone import BackboneSize
 from pretrain.model.classifier import Classifier
+from pretrain.model.size import BackboneSize
 from tests.pretrain.finetune.conftest import (
     NAMES,
     PATCH,
@@ -28,7 +28,8 @@ from tests.pretrain.finetune.conftest import (
     write_images,
 )
 from tokenizer.model.artifact import load_vqkd, read_tokenizer, save_tokenizer
-from tokenizer.model.teacher import TeacherConfig, build_teacher
+from tokenizer.model.teacher import build_teacher
+from tokenizer.model.teacher_config import TeacherConfig
 from tokenizer.model.vqkd import VQKD, VQKDConfig, normalize_pixels
 
 FROM_NOTHING: dict[str, Any] = {"backbone": None, "patch_size": PATCH, "image_size": SIDE, "epochs": 1}

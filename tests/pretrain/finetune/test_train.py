@@ -26,8 +26,9 @@ from pretrain.finetune.labels import check_labels
 from pretrain.finetune.start import from_backbone, from_scratch
 from pretrain.finetune.train import Finetuning, finetune_classifier, sum_scores
 from pretrain.model.artifacts import load_classifier
-from pretrain.model.backbone import IMAGENET_MEAN, BackboneSize
+from pretrain.model.backbone import IMAGENET_MEAN
 from pretrain.model.classifier import Classifier
+from pretrain.model.size import BackboneSize
 from shards.dataset.corpus import SubsetConfig
 from shards.dataset.dataset import open_dataset
 from tests.pipeline.training.kills import killed_at_save, waiting_for_checkpoints

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from pipeline.errors import InputError
-from pretrain.model.backbone import Backbone, BackboneConfig, BackboneSize
+from pretrain.model.backbone import Backbone, BackboneConfig
 from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
 from pretrain.model.positions import relative_position_index
+from pretrain.model.size import BackboneSize
 from tests.reference.shaken import shaken
 
 CONFIG = BackboneConfig(image_size=24, patch_size=4, width=32, depth=3, heads=4)

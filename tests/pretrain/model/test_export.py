@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain.model.backbone import Backbone, BackboneConfig, BackboneSize
+from pretrain.model.backbone import Backbone, BackboneConfig
 from pretrain.model.classifier import Classifier, ClassifierConfig
 from pretrain.model.export import VisionModel, to_timm, to_transformers, vision_model
 from pretrain.model.mim import MIM, MIMConfig, PatchAggregationConfig
 from pretrain.model.official import at_image_size
+from pretrain.model.size import BackboneSize
 from tests.reference.shaken import shaken
 
 TINY = BackboneConfig(image_size=24, patch_size=4, width=32, depth=3, heads=4)

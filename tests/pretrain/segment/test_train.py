@@ -22,8 +22,9 @@ from pipeline.training.metrics import read_metrics
 from pipeline.training.step import NonFiniteLossError
 from pipeline.training.worker import Worker
 from pretrain.model.artifacts import save_backbone, save_classifier
-from pretrain.model.backbone import Backbone, BackboneConfig, BackboneSize
+from pretrain.model.backbone import Backbone, BackboneConfig
 from pretrain.model.classifier import Classifier, ClassifierConfig
+from pretrain.model.size import BackboneSize
 from pretrain.segment import train as segmentation
 from pretrain.segment.artifact import load_segmenter, read_segmentation_header
 from pretrain.segment.config import PolyOptimConfig, SegmentationConfig, poly_schedule

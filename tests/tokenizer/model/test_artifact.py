@@ -15,7 +15,8 @@ from torch import Tensor
 from pipeline import artifacts, storage
 from pipeline.errors import InputError
 from tokenizer.model.artifact import WEIGHTS, VisualTokenizer, load_vqkd, read_tokenizer, save_tokenizer
-from tokenizer.model.teacher import TeacherConfig, build_teacher
+from tokenizer.model.teacher import build_teacher
+from tokenizer.model.teacher_config import TeacherConfig
 from tokenizer.model.vqkd import VQKD, VQKDConfig, normalize_pixels
 
 CONFIG = VQKDConfig(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 from tokenizer.model.hog import Hog
-from tokenizer.model.teacher import TeacherConfig, build_teacher, hash_tensors
+from tokenizer.model.teacher import build_teacher, hash_tensors
+from tokenizer.model.teacher_config import TeacherConfig
 
 
 def pictures(size: int, count: int = 2, seed: int = 0) -> Tensor:
