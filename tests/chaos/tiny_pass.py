@@ -356,8 +356,9 @@ def drive(config: DriveConfig) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        # Before the forks: pyarrow looks for pandas when it is first used, 0.2 s in every one of them.
+        # Before the forks: what is imported when it is first used would cost seconds in every one of them.
         import pandas  # noqa: F401
+        import webdataset  # noqa: F401
 
         if "s3" in sys.argv[2:]:
             import s3fs  # noqa: F401
